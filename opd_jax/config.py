@@ -1,0 +1,230 @@
+"""Typed, frozen configuration: YAML plus ``key=value`` overrides. Every leaf has a reason to be here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import Field, model_validator
+
+from opd_jax.errors import InputError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Objective(Strict):
+    """What is minimised at each response position (paper.md's objectives; ``opd_jax.losses`` computes it).
+
+    name: ``sampled`` score-function policy gradient of the reverse KL (Eq. 3); ``full`` divergence over the vocabulary
+    (Eq. 4); ``topk`` divergence over a support of k ids (Eq. 5).
+    """
+
+    name: Literal["sampled", "full", "topk"] = "full"
+    k: PositiveInt = 16
+    support: Literal["student", "teacher", "overlap", "non_overlap", "union"] = "student"
+    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # jsd: weight of the teacher in the mixture
+    normalise: bool = True  # topk: renormalise both sides over the support
+    tail: bool = False  # topk: one extra outcome holds what lies outside the support
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # divides the logits of both sides
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tail and not self.normalise:
+            raise ValueError("tail=true already closes the distribution; it cannot be combined with normalise=false")
+        return self
+
+
+class Model(Strict):
+    path: str  # a Hugging Face directory: config.json, *.safetensors, tokenizer
+
+
+class Data(Strict):
+    """Where prompts come from. ``source`` is a .jsonl or .parquet path, ``task:NAME``, or a Hugging Face dataset id."""
+
+    source: str
+    subset: str | None = None  # Hugging Face configuration name
+    split: str = "train"
+    problem: str | None = None  # column; None: the first of problem, question, prompt
+    answer: str | None = None  # column; None: the first of answer, solution, target if present
+    response: str | None = None  # column with the text to imitate (sft only)
+    template: str = "plain"  # plain | boxed | dapo | text holding {problem}
+    chat: bool = True  # wrap in the tokenizer's chat template
+    chat_arguments: dict[str, Any] = {}  # e.g. enable_thinking: false
+    max_prompt: PositiveInt = 1024  # tokens; longer prompts are dropped and counted
+    limit: PositiveInt | None = None  # use the first n rows only
+
+
+class Rollout(Strict):
+    prompts: PositiveInt = 64  # per step
+    samples: PositiveInt = 4  # responses per prompt
+    max_response: PositiveInt = 7168  # tokens
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Fraction = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
+
+
+class Optimizer(Strict):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+
+
+class MeshSizes(Strict):
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Evaluation(Strict):
+    """Held-out prompts: accuracy where they have answers, divergence from the teacher on fresh student rollouts."""
+
+    data: Data | None = None
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only before and after the run
+    problems: PositiveInt = 64
+    samples: PositiveInt = 1  # k of avg@k
+    batch: PositiveInt = 64  # rows decoded together
+    max_response: PositiveInt | None = None  # None: as in training
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Fraction = 1.0
+
+
+class Checkpoint(Strict):
+    every: PositiveInt = 50  # steps; the last step is always saved
+    keep: PositiveInt = 2
+
+
+class Config(Strict):
+    """One run. ``kind`` opd: rollouts scored by the teacher; sft: imitation of the ``data.response`` column."""
+
+    kind: Literal["opd", "sft"] = "opd"
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    steps: PositiveInt
+    student: Model
+    teacher: Model | None = None
+    objective: Objective = Objective()
+    data: Data
+    rollout: Rollout = Rollout()
+    optimizer: Optimizer = Optimizer()
+    mesh: MeshSizes = MeshSizes()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
+    micro_batch: PositiveInt | None = None  # sequences per gradient pass; None: all at once
+    remat: bool = True  # recompute layer activations in the backward pass
+    log_samples: Annotated[int, Field(ge=0)] = 2  # rollouts written as text at every step that is evaluated
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "opd" and self.teacher is None:
+            raise ValueError("kind=opd needs teacher.path (a Hugging Face directory); for imitation set kind=sft")
+        if self.kind == "sft" and self.data.response is None:
+            raise ValueError("kind=sft needs data.response, the column with the text to imitate")
+        rows = self.rollout.prompts * self.rollout.samples
+        if self.micro_batch is not None and rows % self.micro_batch:
+            raise ValueError(f"micro_batch={self.micro_batch} does not divide rollout.prompts × rollout.samples = {rows}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, contradiction.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot read the configuration ({e}). Give the path of a YAML file.") from e
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:
+    """Validates a plain dict; all errors are reported together, each with the path of its leaf."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as e:
+        lines = [f"{where}: {e.error_count()} problem(s)"] + [_explain(err) for err in e.errors()]
+        raise InputError("\n".join(lines)) from e
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: 1e-6 is a float (YAML 1.1 reads it as text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as e:
+        raise InputError(f"{where}: not valid YAML: {e}") from e
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, sep, value = item.partition("=")
+    if not sep or not key:
+        raise InputError(f"override '{item}': expected key=value, for example optimizer.lr=1e-5")
+    *parents, leaf = key.split(".")
+    node = tree
+    for name in parents:
+        child = node.get(name)
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"override '{item}': '{name}' is a value, not a section")
+        node = child
+    node[leaf] = _parse_yaml(value, f"override '{item}'")
+
+
+def _explain(err: Any) -> str:
+    path = ".".join(str(p) for p in err["loc"]) or "(top level)"
+    if err["type"] == "extra_forbidden":
+        *parents, name = err["loc"]
+        fields = _fields_at(parents)
+        near = difflib.get_close_matches(str(name), fields, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(sorted(fields))}"
+        return f"  {path}: unknown key{hint}"
+    if err["type"] == "missing":
+        return f"  {path}: required, but not given"
+    message = err["msg"].removeprefix("Value error, ")
+    found = "" if err["type"] == "value_error" else f" (found {err['input']!r})"
+    return f"  {path}: {message}{found}"
+
+
+def _fields_at(path: list[Any]) -> list[str]:
+    model: Any = Config
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        model = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
+    return list(model.model_fields)

@@ -1,0 +1,94 @@
+"""The device mesh and the one table from logical axis names to mesh axes.
+
+Every parameter and activation carries logical axis names; a ``Layout`` (mesh + table) turns them into shardings. No
+``PartitionSpec`` is written anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opd_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Axes = tuple[str | None, ...]
+Table = tuple[tuple[str, tuple[str, ...]], ...]
+
+# Training and teacher scoring: batch over data × fsdp, parameters over fsdp, heads / hidden / vocabulary over tensor.
+TRAIN: Table = (
+    ("batch", ("data", "fsdp")),
+    ("embed", ("fsdp",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+)
+# Decoding: as above, but no parameter is sharded over fsdp, which would gather every weight for every token.
+ROLLOUT: Table = tuple((name, axes) for name, axes in TRAIN if name != "embed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh with a table. ``spec(("batch", None))`` → PartitionSpec; hashable, so it may be a static argument."""
+
+    mesh: Mesh
+    table: Table = TRAIN
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        table = dict(self.table)
+        return PartitionSpec(*(table.get(name) if name else None for name in axes))
+
+    def sharding(self, axes: Axes = ()) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: Array, axes: Axes) -> Array:
+        """Pins the sharding of an activation inside jit."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def check(self, what: str, shape: Sequence[int], axes: Axes) -> None:
+        """Raises InputError where a dimension does not divide over its mesh axes, naming sizes that would work."""
+        table = dict(self.table)
+        for size, name in zip(shape, axes, strict=True):
+            names = table.get(name, ()) if name else ()
+            ways = math.prod(self.mesh.shape[a] for a in names)
+            if size % ways:
+                good = [d for d in range(1, self.mesh.size + 1) if size % d == 0]
+                raise InputError(
+                    f"{what}: axis '{name}' has size {size}, which does not divide over mesh.{' × mesh.'.join(names)} "
+                    f"= {ways}. Choose a product of those among {good}."
+                )
+
+
+def constrain(x: Array, axes: Axes, layout: Layout | None) -> Array:
+    """``layout.constrain`` where there is a layout; a model called without one (a notebook, an oracle test) is free."""
+    return x if layout is None else layout.constrain(x, axes)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor); one axis may be -1 and takes what the others leave.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+        raise InputError(f"mesh: sizes must be ≥ 1, at most one of them -1; found (data, fsdp, tensor) = {tuple(sizes)}")
+    fixed = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+        raise InputError(
+            f"mesh: (data, fsdp, tensor) = ({data}, {fsdp}, {tensor}) does not fill {len(devices)} devices. "
+            f"Sizes must multiply to {len(devices)}; each may be one of {divisors}, and one may be -1."
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
