@@ -137,7 +137,9 @@ class Config(Strict):
             raise ValueError("kind=sft needs data.response, the column with the text to imitate")
         rows = self.rollout.prompts * self.rollout.samples
         if self.micro_batch is not None and rows % self.micro_batch:
-            raise ValueError(f"micro_batch={self.micro_batch} does not divide rollout.prompts × rollout.samples = {rows}")
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide rollout.prompts × rollout.samples = {rows}"
+            )
         return self
 
 

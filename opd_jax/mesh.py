@@ -81,7 +81,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"mesh: sizes must be ≥ 1, at most one of them -1; found (data, fsdp, tensor) = {tuple(sizes)}")
+        raise InputError(
+            f"mesh: sizes must be ≥ 1, at most one of them -1; found (data, fsdp, tensor) = {tuple(sizes)}"
+        )
     fixed = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
