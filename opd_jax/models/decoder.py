@@ -92,7 +92,7 @@ def layer_specs(c: DecoderConfig) -> dict[str, Spec]:
 
 
 def parameter_specs(c: DecoderConfig) -> dict[str, Any]:
-    """The whole tree: ``embed`` [V, D], ``layers`` (each weight stacked, [L, …]), ``norm`` [D], ``head`` [V, D] if untied."""
+    """The whole tree: ``embed`` [V, D], ``layers`` (every weight [L, …]), ``norm`` [D], ``head`` [V, D] if untied."""
     stacked = {k: Spec((c.layers, *s.shape), (None, *s.axes), s.std) for k, s in layer_specs(c).items()}
     specs: dict[str, Any] = {
         "embed": Spec((c.vocab_size, c.width), ("vocab", "embed")),
@@ -211,11 +211,13 @@ def forward(
         dtype: compute precision; weights of any dtype are cast where they are used.
         remat: keep only each layer's input for the backward pass.
     """
-    mask = lambda window: causal_mask(positions, positions, segments, segments, window)
 
     def block(x: Array, inputs: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
         weights, window = inputs
-        attend = lambda q, k, v: (attention(q, k, v, mask(window)), None)
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return attention(q, k, v, causal_mask(positions, positions, segments, segments, window)), None
+
         return _layer(c, weights)(x, cos, sin, attend, layout)
 
     cos, sin = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
@@ -254,8 +256,10 @@ def prefill(
     cos, sin = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
     x = weights["embed"][tokens]
     for i, window in enumerate(c.layer_windows):
-        mask = causal_mask(positions, positions, segments, segments, window)
-        attend = lambda q, k, v, mask=mask: (attention(q, k, v, mask), (k, v))
+
+        def attend(q: Array, k: Array, v: Array, window: int = window) -> tuple[Array, tuple[Array, Array]]:
+            return attention(q, k, v, causal_mask(positions, positions, segments, segments, window)), (k, v)
+
         x, (k, v) = _layer(c, weights["layers"][i])(x, cos, sin, attend, layout)
         cache = cache.write(i, 0, k, v)
     x = rms_norm(x[:, -1], weights["norm"], c.norm_eps)
@@ -277,11 +281,11 @@ def decode_step(
     segments = jnp.ones_like(positions)[:, None]
     cache = cache.mark(column, positions[:, None], segments)
     for i, window in enumerate(c.layer_windows):
-        mask = causal_mask(positions[:, None], cache.positions, segments, cache.segments, window)
 
-        def attend(q: Array, k: Array, v: Array, i: int = i, mask: Array = mask) -> tuple[Array, Cache]:
-            updated = cache.write(i, column, k, v)
-            return attention(q, updated.k[i], updated.v[i], mask), updated
+        def attend(q: Array, k: Array, v: Array, i: int = i, window: int = window, cache: Cache = cache):
+            cache = cache.write(i, column, k, v)
+            mask = causal_mask(positions[:, None], cache.positions, segments, cache.segments, window)
+            return attention(q, cache.k[i], cache.v[i], mask), cache
 
         x, cache = _layer(c, weights["layers"][i])(x, cos, sin, attend, layout)
     return rms_norm(x[:, 0], weights["norm"], c.norm_eps), cache

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling. ``linear`` uses factor; ``llama3`` the low/high bands; ``yarn`` the ramp and attention factor."""
+    """Frequency scaling: ``linear`` by the factor; ``llama3`` by bands; ``yarn`` by a ramp and an attention factor."""
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float
