@@ -1,0 +1,105 @@
+"""Self-made verifiable problems with a chain of thought, for demonstrations and tests.
+
+``products-MxN``: the product of N numbers from 1 … M−1 modulo a prime M, worked out from left to right:
+
+    7 * 4 * 11 mod 13 ?   →   7 * 4 = 2 then 2 * 11 = 9 so Answer: 9
+
+Steps are joined by one of eight interchangeable connectives: a style, which says nothing about the answer. The suffix
+``-shaky`` gives the corpus of somebody who has learnt the multiplication table badly: of the (M−1)² facts 70 % are
+right, 15 % uncertain (right with probability 0.4), 15 % misconceptions (right with probability 0.1, one fixed wrong
+value with 0.55), and whose connectives are used evenly, where the exact corpus prefers some. No model of the shaky
+corpus, of whatever size, can know the truth; ``answer`` is always the true one.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opd_jax.errors import InputError
+
+CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".")
+_EXACT_STYLE = 0.5 ** np.arange(1, 9) / (1 - 0.5**8)
+_NAME = re.compile(r"products-(\d+)x(\d+)(-shaky)?")
+
+
+def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[dict[str, str]]:
+    """Rows with ``id``, ``problem``, ``answer`` (the truth) and ``response`` (of the corpus, so perhaps wrong).
+
+    Train and test problems are disjoint whatever the seed: one problem in eight, by its checksum, is a test problem.
+
+    Raises:
+        InputError: unknown task or split.
+    """
+    modulus, length, shaky = _parse(name)
+    if split not in ("train", "test"):
+        raise InputError(f"task:{name}: data.split is '{split}'; expected train or test")
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), modulus, length, shaky])
+    table = _fact_table(modulus, shaky)
+    out: list[dict[str, str]] = []
+    while len(out) < (rows or 16_384):
+        numbers = rng.integers(1, modulus, length)
+        problem = f"{' * '.join(map(str, numbers))} mod {modulus} ?"
+        if (zlib.crc32(problem.encode()) % 8 == 0) == (split == "test"):
+            answer = 1
+            for n in numbers.tolist():
+                answer = answer * n % modulus
+            response = _work_out(numbers, table, rng, None if shaky else _EXACT_STYLE)
+            out.append(
+                {"id": f"{name}/{split}/{len(out)}", "problem": problem, "answer": str(answer), "response": response}
+            )
+    return out
+
+
+def write_task_tokenizer(path: str | Path, name: str) -> int:
+    """Writes a word-level tokenizer for the task as a Hugging Face directory; returns its size."""
+    modulus, _, _ = _parse(name)
+    words = ["<pad>", "<eos>", "*", "=", "mod", "?", "Answer:", *CONNECTIVES, *map(str, range(modulus + 1))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(str(path))
+    return len(words)
+
+
+def _parse(name: str) -> tuple[int, int, bool]:
+    match = _NAME.fullmatch(name)
+    if not match or int(match[2]) < 2 or not _is_prime(int(match[1])):
+        raise InputError(
+            f"task:{name}: unknown task; expected products-MxN[-shaky], M prime, N ≥ 2, as in products-13x6"
+        )
+    return int(match[1]), int(match[2]), match[3] is not None
+
+
+def _is_prime(n: int) -> bool:
+    return n > 2 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+def _fact_table(modulus: int, shaky: bool) -> np.ndarray:
+    """[a, b, c] = probability that the corpus writes a · b = c; the same for every seed: its author's beliefs."""
+    n = np.arange(modulus)
+    truth = np.eye(modulus)[np.outer(n, n) % modulus]
+    if not shaky:
+        return truth
+    rng = np.random.default_rng(modulus)
+    uniform = np.full(modulus, 1 / (modulus - 1))
+    uniform[0] = 0
+    kind = rng.choice(3, size=(modulus, modulus), p=[0.7, 0.15, 0.15])[..., None]
+    distractor = np.eye(modulus)[rng.integers(1, modulus, (modulus, modulus))]
+    return np.select(
+        [kind == 0, kind == 1, kind == 2],
+        [truth, 0.4 * truth + 0.6 * uniform, 0.1 * truth + 0.55 * distractor + 0.35 * uniform],
+    )
+
+
+def _work_out(numbers: np.ndarray, table: np.ndarray, rng: np.random.Generator, style: np.ndarray | None) -> str:
+    running, steps = int(numbers[0]), []
+    for n in numbers[1:].tolist():
+        result = int(rng.choice(len(table), p=table[running, n]))
+        steps.append(f"{running} * {n} = {result} {rng.choice(CONNECTIVES, p=style)}")
+        running = result
+    return f"{' '.join(steps)} Answer: {running}"
