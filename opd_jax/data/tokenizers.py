@@ -1,0 +1,100 @@
+"""Tokenizers from local directories: loading, whether two models share one, where a response may stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory, without network and without the directory's own code.
+
+    Raises:
+        InputError: no such directory, or no tokenizer in it that ``transformers`` can read.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{path}: no such directory. Expected a Hugging Face model directory (see `opd import`).")
+    if not any((directory / name).exists() for name in _FILES):
+        raise InputError(f"{path}: no tokenizer there. Expected one of {', '.join(_FILES)} beside the weights.")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # a broken file surfaces as any of a dozen types
+        raise InputError(f"{path}: cannot read the tokenizer ({type(e).__name__}: {e}).") from e
+
+
+def check_same_tokenizer(student: Any, teacher: Any) -> None:
+    """Refuses a teacher whose ids mean other texts than the student's, or who stops at another id.
+
+    The map token → id, added tokens included, and the beginning- and end-of-sequence ids have to agree; the padding
+    id may differ, for padding is never inferred from an id.
+
+    Raises:
+        InputError: the first differences, by id.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        by_id, by_id_theirs = ({i: t for t, i in vocabulary.items()} for vocabulary in (ours, theirs))
+        differing = [i for i in sorted(by_id | by_id_theirs) if by_id.get(i) != by_id_theirs.get(i)]
+        shown = "; ".join(f"id {i}: {by_id.get(i)!r} / {by_id_theirs.get(i)!r}" for i in differing[:3])
+        raise InputError(
+            f"student and teacher have different tokenizers: {len(ours)} / {len(theirs)} tokens, "
+            f"{len(differing)} ids differ, first (student / teacher) {shown}. Choose a teacher with the student's "
+            "tokenizer: divergences compare probabilities id by id."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        mine, its = getattr(student, name), getattr(teacher, name)
+        if mine != its:
+            raise InputError(
+                f"student and teacher have the same vocabulary, but {name} is {_named(student, mine)} / "
+                f"{_named(teacher, its)}. If that is meant, give the student the teacher's special tokens "
+                "(tokenizer_config.json)."
+            )
+
+
+def stop_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response, ascending: of generation_config.json, config.json and the tokenizer together.
+
+    Raises:
+        InputError: malformed file, or no id in any of them.
+    """
+    found = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        if file.exists():
+            found |= _end_ids(file)
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise InputError(
+            f"{path}: no end-of-sequence id in generation_config.json, config.json or the tokenizer, so no response "
+            "could end. Set eos_token_id in generation_config.json."
+        )
+    return tuple(sorted(found))
+
+
+def valid_vocab_size(tokenizer: Any) -> int:
+    """Number of ids that mean something: the largest id of the tokenizer + 1. Logits beyond it are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _end_ids(file: Path) -> set[int]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError, OSError) as e:
+        raise InputError(f"{file}: not a JSON object ({e}).") from e
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise InputError(f"{file}: eos_token_id={value!r}. Expected an id or a list of ids.")
+    return set(ids)
+
+
+def _named(tokenizer: Any, identity: int | None) -> str:
+    return "none" if identity is None else f"{identity} ({tokenizer.convert_ids_to_tokens(identity)!r})"
