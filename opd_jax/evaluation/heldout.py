@@ -1,0 +1,171 @@
+"""Held-out prompts: fresh rollouts, their accuracy, and how far the student is from its teacher on them.
+
+Every evaluation of a run uses the same random numbers, so that differences between steps are paired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from opd_jax.config import Objective
+from opd_jax.losses import distillation_loss
+from opd_jax.mesh import Layout
+from opd_jax.models.decoder import DecoderConfig, head
+from opd_jax.sampling.decode import Law
+from opd_jax.sampling.states import response_mask, response_states
+from opd_jax.types import Params, Prompts, Rollouts
+
+EVALUATION_STEP = 2**31 - 1  # the "step" of the random-number law; no training step reaches it
+
+MEASURED = (
+    "reverse_kl",
+    "forward_kl",
+    "overlap_ratio",
+    "overlap_advantage",
+    "entropy_gap",
+    "student_entropy",
+    "teacher_entropy",
+    "overlap_mass_student",
+    "overlap_mass_teacher",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Held-out prompts in batches of equal size; the last is filled up by repetition, ``rows`` tells the real ones."""
+
+    batches: tuple[Prompts, ...]
+    rows: int
+    samples: int  # consecutive rows of one prompt
+    problems: tuple[str, ...]  # one a prompt
+    answers: tuple[str | None, ...]
+
+
+def make_panel(
+    encoded: Sequence[Sequence[int]],
+    problems: Sequence[str],
+    answers: Sequence[str | None],
+    *,
+    samples: int,
+    batch: int,
+    max_prompt: int,
+) -> Panel:
+    """``samples`` rows a prompt, right-aligned, in batches of at most ``batch`` rows."""
+    n, rows = len(encoded), len(encoded) * samples
+    batch = min(batch, rows)
+    tokens = np.zeros((n, max_prompt), np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[max_prompt - len(ids) :] = ids
+    lengths = np.asarray([len(ids) for ids in encoded], np.int32)
+    batches = []
+    for start in range(0, rows, batch):
+        row = np.arange(start, start + batch) % rows
+        of = row // samples
+        batches.append(Prompts(tokens[of], lengths[of], of.astype(np.uint32), (row % samples).astype(np.uint32)))
+    return Panel(tuple(batches), rows, samples, tuple(problems), tuple(answers))
+
+
+def sample_panel(
+    rollout: Callable[..., Rollouts], params: Params, panel: Panel, law: Law, seed: int, layout: Layout
+) -> Iterator[Rollouts]:
+    """The rollouts of one evaluation, batch by batch, on the device."""
+    for prompts in panel.batches:
+        yield rollout(params, put_rows(prompts, layout), law, seed, EVALUATION_STEP)
+
+
+def put_rows(batch: Any, layout: Layout) -> Any:
+    """Puts arrays whose first axis is the row axis onto the mesh."""
+    sharding = layout.sharding(("batch",))
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+
+
+def make_measure(
+    student: DecoderConfig, *, k: int, vocab_size: int, dtype: Any, layout: Layout | None
+) -> Callable[[Params, Rollouts, Array, Array], dict[str, tuple[Array, Array]]]:
+    """Builds the jitted ``measure(student_params, rollouts, teacher_hidden, teacher_head)`` → {name: (sum [B], count [B])}.
+
+    The metrics of paper.md Eqs. 6–10 and both divergences, summed over each row's response tokens.
+    """
+    objective = Objective(name="full", k=k)
+
+    def measure(
+        params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array
+    ) -> dict[str, tuple[Array, Array]]:
+        hidden = response_states(params, student, rollouts, dtype=dtype, layout=layout)
+
+        def row(*arrays: Array) -> dict[str, tuple[Array, Array]]:
+            student_hidden, teacher_hidden, tokens, mask = (a[None] for a in arrays)
+            _, metrics = distillation_loss(
+                student_hidden, head(params), teacher_hidden, teacher_head, tokens, mask, objective,
+                vocab_size=vocab_size, metric_k=k,
+            )  # fmt: skip
+            return {name: metrics[name] for name in MEASURED}
+
+        return jax.vmap(row)(hidden, teacher_hidden, rollouts.tokens, response_mask(rollouts))
+
+    return jax.jit(measure)
+
+
+def collect(parts: Sequence[Any], panel: Panel) -> Any:
+    """Concatenates batches on the host and drops the rows that only filled up the last one."""
+    host = [jax.device_get(p) for p in parts]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[: panel.rows], *host)
+
+
+def ratio_with_error(sums: np.ndarray, counts: np.ndarray, groups: int) -> tuple[float, float]:
+    """Σ sums / Σ counts and its standard error, with rows of one prompt (``groups`` prompts) as one cluster."""
+    s, c = (np.asarray(x, np.float64).reshape(groups, -1).sum(axis=1) for x in (sums, counts))
+    if c.sum() == 0:
+        return math.nan, math.nan
+    mean = s.sum() / c.sum()
+    residual = s - mean * c
+    error = math.sqrt(groups / max(groups - 1, 1) * float((residual**2).sum())) / c.sum() if groups > 1 else math.nan
+    return float(mean), float(error)
+
+
+def summarise_lengths(rollouts: Rollouts, panel: Panel) -> dict[str, float]:
+    """Response length (tokens), truncation and end-of-sequence rates of collected rollouts."""
+    lengths, stopped = np.asarray(rollouts.lengths), np.asarray(rollouts.stopped)
+    n = len(panel.problems)
+    length, error = ratio_with_error(lengths, np.ones_like(lengths), n)
+    return {
+        "problems": n,
+        "samples": panel.samples,
+        "response_length": length,
+        "response_length_se": error,
+        "truncation_rate": float(np.mean(~stopped)),
+        "eos_rate": float(np.mean(stopped)),
+    }
+
+
+def responses(rollouts: Rollouts, tokenizer: Any) -> list[str]:
+    """Decoded texts of collected rollouts, without special tokens."""
+    rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), strict=True)
+    return [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n in rows]
+
+
+def mean_metrics(
+    measured: dict[str, tuple[Any, Any]], panel: Panel, only: Sequence[str] = MEASURED
+) -> dict[str, float]:
+    """{name, name_se} of collected per-row sums."""
+    out: dict[str, float] = {}
+    for name in only:
+        out[name], out[name + "_se"] = ratio_with_error(*measured[name], len(panel.problems))
+    return out
+
+
+def grade_rows(
+    panel: Panel, texts: Sequence[str], grade: Callable[[list[tuple[str, str]]], list[bool]]
+) -> np.ndarray | None:
+    """[problems, samples] of right answers; None where the prompts have no answers."""
+    if any(a is None for a in panel.answers):
+        return None
+    gold = [str(panel.answers[i // panel.samples]) for i in range(panel.rows)]
+    return np.asarray(grade(list(zip(texts, gold, strict=True)))).reshape(-1, panel.samples)

@@ -1,0 +1,42 @@
+"""AdamW with a learning-rate schedule and a global gradient clip, by optax."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from opd_jax.config import Optimizer
+from opd_jax.types import Params
+
+
+def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """Linear warm-up from lr / warmup, then constant, or cosine or linear decay to 0 at the last step."""
+    rest = max(steps - settings.warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(settings.lr),
+        "cosine": optax.cosine_decay_schedule(settings.lr, rest),
+        "linear": optax.linear_schedule(settings.lr, 0.0, rest),
+    }[settings.schedule]
+    if not settings.warmup:
+        return after
+    rise = optax.linear_schedule(settings.lr / settings.warmup, settings.lr, max(settings.warmup - 1, 1))
+    return optax.join_schedules([rise, after], [settings.warmup])
+
+
+def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; norms and biases are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(
+            make_schedule(settings, steps),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=_decayed,
+        ),
+    )
+
+
+def _decayed(params: Params) -> Params:
+    return jax.tree.map_with_path(lambda path, _: not str(path[-1].key).endswith(("norm", "bias")), params)

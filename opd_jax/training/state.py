@@ -1,0 +1,51 @@
+"""The state of a run: what a checkpoint holds and an update changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from opd_jax.mesh import Layout
+from opd_jax.models.decoder import DecoderConfig, parameter_shardings
+from opd_jax.types import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: Array  # int32, updates done (skipped ones included)
+    skipped: Array  # int32, updates skipped because the gradient was not finite
+    params: Params  # float32 master weights
+    opt_state: Any
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout
+) -> TrainState:
+    """A fresh state around ``params``; optimizer moments are sharded as the weights are."""
+    shardings = state_shardings(params, optimizer, config, layout)
+
+    def create(params: Params) -> TrainState:
+        return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+
+    return jax.jit(create, out_shardings=shardings)(params)
+
+
+def state_shardings(
+    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout
+) -> TrainState:
+    """The sharding of every array of a TrainState."""
+    of_params = parameter_shardings(config, layout)
+    scalar = layout.sharding()
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        of_params,
+        transform_non_params=lambda _: scalar,
+    )
+    return TrainState(scalar, scalar, of_params, moments)  # pyright: ignore[reportArgumentType]
