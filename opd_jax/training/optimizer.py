@@ -23,12 +23,13 @@ def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [settings.warmup])
 
 
-def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; norms and biases are not decayed."""
-    return optax.chain(
+def make_optimizer(settings: Optimizer, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Clip by global norm, then AdamW (norms and biases are not decayed); and its learning rate by step."""
+    schedule = make_schedule(settings, steps)
+    optimizer = optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(
-            make_schedule(settings, steps),
+            schedule,
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
@@ -36,6 +37,7 @@ def make_optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformat
             mask=_decayed,
         ),
     )
+    return optimizer, schedule
 
 
 def _decayed(params: Params) -> Params:

@@ -1,0 +1,115 @@
+"""Evaluation of a run on its held-out panel: the student at any step, the teacher once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.data.pipeline import encode_prompts, stack_prompts
+from opd_jax.data.sources import load_records
+from opd_jax.evaluation import heldout
+from opd_jax.evaluation.answers import AnswerPool
+from opd_jax.evaluation.scores import avg_at_k
+from opd_jax.models.decoder import DecoderConfig
+from opd_jax.sampling.decode import Law
+from opd_jax.tracking.console import console
+from opd_jax.training.setup import Network, Setup
+from opd_jax.types import Params, Rollouts, Scores
+
+Row = dict[str, Any]
+
+
+class Evaluator:
+    """Built once per run. The teacher's own rollouts are made on first use and kept: a fixed yardstick, on which the
+    forward KL shows what a collapse of the student onto few tokens would hide in the reverse KL."""
+
+    def __init__(self, setup: Setup):
+        settings = setup.config.evaluation
+        assert settings.data is not None
+        records = load_records(settings.data, seed=setup.config.seed)[: settings.problems]
+        encoded, records, _ = encode_prompts(records, setup.tokenizer, settings.data)
+        prompts = stack_prompts(encoded, range(len(encoded)), settings.data.max_prompt, settings.samples)
+        problems, answers = [r.problem for r in records], [r.answer for r in records]
+        ways = setup.layout.mesh.shape["data"] * setup.layout.mesh.shape["fsdp"]
+        rows = min(settings.batch, len(encoded) * settings.samples)
+        self.panel = heldout.make_panel(prompts, problems, answers, -(-rows // ways) * ways)
+        self._setup = setup
+        self._law = Law(settings.temperature, settings.top_p)
+        self._sample = {setup.student: self._new_rollout(setup.student)}
+        self._measure = heldout.make_measure(
+            setup.student,
+            k=setup.config.objective.k,
+            vocab_size=setup.vocab_size,
+            dtype=jnp.dtype(setup.config.dtype),
+            layout=setup.layout,
+        )
+        self._reference: list[tuple[Rollouts, Scores]] = []
+        self._pool = AnswerPool()
+
+    def student(self, params: Params) -> tuple[Row, list[Row]]:
+        """(evaluation row, sample rows) of the student with these weights."""
+        batches, measured, of_teacher = [], [], []
+        with self._progress("evaluating the student") as bar:
+            for rollouts in self._rollouts(self._setup.student, params):
+                batches.append(jax.device_get(rollouts))
+                if self._setup.score and self._setup.teacher:
+                    scores = self._setup.score(self._setup.teacher.params, rollouts)
+                    measured.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
+                bar.advance()
+        for rollouts, scores in self._reference:
+            of_teacher.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
+        row, samples = self._graded("student", heldout.collect(batches, self.panel))
+        if measured:
+            row |= heldout.mean_metrics(heldout.collect(measured, self.panel), self.panel)
+        if of_teacher:
+            name = "forward_kl_teacher_rollouts"
+            kl = heldout.mean_metrics(heldout.collect(of_teacher, self.panel), self.panel, ["forward_kl"])
+            row |= {name: kl["forward_kl"], name + "_se": kl["forward_kl_se"]}
+        return row, samples
+
+    def teacher(self, teacher: Network) -> tuple[Row, list[Row]]:
+        """(evaluation row, sample rows) of the teacher; keeps its rollouts for ``student``."""
+        assert self._setup.score is not None
+        self._sample.setdefault(teacher.config, self._new_rollout(teacher.config))
+        with self._progress("evaluating the teacher") as bar:
+            for rollouts in self._rollouts(teacher.config, teacher.params):
+                self._reference.append((rollouts, self._setup.score(teacher.params, rollouts)))
+                bar.advance()
+        rollouts = [jax.device_get(r) for r, _ in self._reference]
+        return self._graded("teacher", heldout.collect(rollouts, self.panel))
+
+    def close(self) -> None:
+        self._pool.__exit__()
+
+    def _new_rollout(self, network: DecoderConfig) -> Any:
+        settings = self._setup.config.evaluation
+        length = settings.max_response or self._setup.config.rollout.max_response
+        return self._setup.make_rollout(network, max_response=length, truncated=settings.top_p < 1)
+
+    def _rollouts(self, network: DecoderConfig, params: Params) -> Any:
+        seed, layout = self._setup.config.seed, self._setup.layout
+        return heldout.sample_panel(self._sample[network], params, self.panel, self._law, seed, layout)
+
+    def _progress(self, title: str) -> Any:
+        return console.progress(total=len(self.panel.batches), title=title, unit="batch")
+
+    def _graded(self, who: str, rollouts: Rollouts) -> tuple[Row, list[Row]]:
+        texts = heldout.responses(rollouts, self._setup.tokenizer)
+        correct = heldout.grade_rows(self.panel, texts, self._pool.grade)
+        row: Row = {"who": who} | heldout.summarise_lengths(rollouts, self.panel)
+        if correct is not None:
+            score = avg_at_k(correct)
+            row |= {"accuracy": score.mean, "accuracy_se": score.error}
+        samples = [
+            {
+                "who": who,
+                "problem": self.panel.problems[i // self.panel.samples],
+                "answer": self.panel.answers[i // self.panel.samples],
+                "response": texts[i],
+                "correct": None if correct is None else bool(correct.reshape(-1)[i]),
+            }
+            for i in range(min(self._setup.config.log_samples * self.panel.samples, self.panel.rows))
+        ]
+        return row, samples

@@ -1,0 +1,161 @@
+"""Everything a run needs, built once from its configuration; whatever can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from opd_jax.config import Config, Data
+from opd_jax.data.pipeline import encode_examples, encode_prompts, prompt_batches, sft_batches
+from opd_jax.data.sources import Record, load_records
+from opd_jax.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids, valid_vocab_size
+from opd_jax.errors import InputError
+from opd_jax.mesh import ROLLOUT, Layout, make_mesh
+from opd_jax.models.decoder import DecoderConfig
+from opd_jax.models.hf import load_config as load_decoder_config
+from opd_jax.models.hf import load_model
+from opd_jax.objectives.opd import opd_loss
+from opd_jax.objectives.sft import sft_loss
+from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.teacher import make_score
+from opd_jax.training.optimizer import make_optimizer
+from opd_jax.training.state import TrainState, create_state, state_shardings
+from opd_jax.training.step import make_update
+from opd_jax.types import Params, Rollouts, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model on the mesh: weights, shape, and where it was loaded from."""
+
+    path: str
+    params: Params
+    config: DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run. ``batches`` is the only stateful one: its position goes into the checkpoint."""
+
+    config: Config
+    layout: Layout
+    tokenizer: Any
+    stops: tuple[int, ...]
+    vocab_size: int
+    records: list[Record]
+    dropped: int  # prompts longer than data.max_prompt
+    batches: Any
+    student: DecoderConfig
+    teacher: Network | None
+    schedule: optax.Schedule
+    state: TrainState
+    shardings: TrainState
+    rollout: Callable[..., Rollouts]
+    score: Callable[[Params, Rollouts], Scores] | None
+    update: Callable[..., Any]
+    make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=, truncated=) → a sampling loop
+
+
+def load_records_for(config: Config, data: Data) -> list[Record]:
+    """The records of a source; self-made tasks draw different problems for different run seeds."""
+    return load_records(data, seed=config.seed)
+
+
+def prepare(config: Config) -> Setup:
+    """Loads and checks models, tokenizer and data, and builds the jitted functions of a run.
+
+    Raises:
+        InputError: anything in the configuration, the files it names or their combination that cannot work.
+    """
+    mesh = make_mesh(**config.mesh.model_dump())
+    layout = Layout(mesh)
+    rows = config.rollout.prompts * config.rollout.samples
+    layout.check("rollout.prompts × rollout.samples", (config.micro_batch or rows,), ("batch",))
+    tokenizer = load_tokenizer(config.student.path)
+    vocab_size = valid_vocab_size(tokenizer)
+    stops = stop_ids(config.student.path, tokenizer)
+    if config.teacher:
+        _check_teacher(config, tokenizer, vocab_size)
+    records, dropped, batches = _data(config, tokenizer)
+
+    params, student = load_model(config.student.path, layout)
+    _check_vocabulary(config.student.path, student, vocab_size)
+    dtype = jnp.dtype(config.dtype)
+    teacher = None
+    if config.teacher:
+        teacher = Network(config.teacher.path, *load_model(config.teacher.path, layout, dtype))
+    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+    shardings = state_shardings(params, optimizer, student, layout)
+    common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
+    if config.kind == "opd":
+        loss = functools.partial(_opd_loss, objective=config.objective, **common)
+    else:
+        loss = functools.partial(sft_loss, **common)
+    new_rollout = functools.partial(
+        make_rollout,
+        stop_ids=stops,
+        vocab_size=vocab_size,
+        support=config.objective.k,
+        dtype=dtype,
+        layout=Layout(mesh, ROLLOUT),
+    )
+    truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
+    return Setup(
+        config=config,
+        layout=layout,
+        tokenizer=tokenizer,
+        stops=stops,
+        vocab_size=vocab_size,
+        records=records,
+        dropped=dropped,
+        batches=batches,
+        student=student,
+        teacher=teacher,
+        schedule=schedule,
+        state=create_state(params, optimizer, student, layout),
+        shardings=shardings,
+        make_rollout=new_rollout,
+        rollout=new_rollout(student, max_response=config.rollout.max_response, truncated=truncated),
+        score=make_score(teacher.config, dtype=dtype, layout=layout) if teacher else None,
+        update=make_update(loss, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch),
+    )
+
+
+def rollout_law(config: Config) -> Law:
+    return Law(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
+
+
+def _opd_loss(params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array, **settings: Any) -> Any:
+    return opd_loss(params, rollouts, Scores(teacher_hidden, teacher_head), **settings)
+
+
+def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
+    assert config.teacher
+    check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
+    _check_vocabulary(config.teacher.path, load_decoder_config(config.teacher.path), vocab_size)
+
+
+def _check_vocabulary(path: str, network: DecoderConfig, vocab_size: int) -> None:
+    if network.vocab_size < vocab_size:
+        raise InputError(
+            f"{path}: the model has {network.vocab_size} output ids, its tokenizer {vocab_size}. "
+            "The tokenizer belongs to another model; give the directory the model's own."
+        )
+
+
+def _data(config: Config, tokenizer: Any) -> tuple[list[Record], int, Any]:
+    records = load_records_for(config, config.data)
+    max_prompt = config.data.max_prompt
+    if config.kind == "sft":
+        examples, records, dropped = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
+        rows, width = config.rollout.prompts * config.rollout.samples, max_prompt + config.rollout.max_response
+        return records, dropped, sft_batches(examples, rows, config.seed, width)
+    encoded, records, dropped = encode_prompts(records, tokenizer, config.data)
+    batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, config.rollout.samples)
+    return records, dropped, batches
