@@ -23,7 +23,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn; None: 0.1 ln(max(factor, 1)) + 1
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
 
 
@@ -37,7 +37,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     if scaling.kind == "llama3":
         return _llama3(freq, scaling), 1.0
     factor = scaling.attention_factor
-    return _yarn(freq, head_dim, theta, scaling), 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
+    if factor is None:
+        factor = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    return _yarn(freq, head_dim, theta, scaling), factor
 
 
 def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
