@@ -62,22 +62,28 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: Axes
-    std: float | None = 0.02
+    std: float | None
+
+
+def init_std(c: DecoderConfig) -> float:
+    """0.5 / √D: 0.02 at width 576, as usual there; small models learn several times faster than with 0.02."""
+    return 0.5 * c.width**-0.5
 
 
 def layer_specs(c: DecoderConfig) -> dict[str, Spec]:
     """The weights of one layer."""
     D, F, N, K, H = c.width, c.hidden, c.heads, c.kv_heads, c.head_dim
-    residual_std = 0.02 / (2 * c.layers) ** 0.5  # keeps the residual stream's variance independent of depth (GPT-2)
+    std = init_std(c)
+    residual_std = std / (2 * c.layers) ** 0.5  # keeps the residual stream's variance independent of depth (GPT-2)
     specs = {
         "attention_norm": Spec((D,), ("embed",), None),
-        "q": Spec((N, H, D), ("heads", None, "embed")),
-        "k": Spec((K, H, D), ("kv_heads", None, "embed")),
-        "v": Spec((K, H, D), ("kv_heads", None, "embed")),
+        "q": Spec((N, H, D), ("heads", None, "embed"), std),
+        "k": Spec((K, H, D), ("kv_heads", None, "embed"), std),
+        "v": Spec((K, H, D), ("kv_heads", None, "embed"), std),
         "o": Spec((D, N, H), ("embed", "heads", None), residual_std),
         "mlp_norm": Spec((D,), ("embed",), None),
-        "gate": Spec((F, D), ("mlp", "embed")),
-        "up": Spec((F, D), ("mlp", "embed")),
+        "gate": Spec((F, D), ("mlp", "embed"), std),
+        "up": Spec((F, D), ("mlp", "embed"), std),
         "down": Spec((D, F), ("embed", "mlp"), residual_std),
     }
     if c.qkv_bias:
@@ -95,12 +101,12 @@ def parameter_specs(c: DecoderConfig) -> dict[str, Any]:
     """The whole tree: ``embed`` [V, D], ``layers`` (every weight [L, …]), ``norm`` [D], ``head`` [V, D] if untied."""
     stacked = {k: Spec((c.layers, *s.shape), (None, *s.axes), s.std) for k, s in layer_specs(c).items()}
     specs: dict[str, Any] = {
-        "embed": Spec((c.vocab_size, c.width), ("vocab", "embed")),
+        "embed": Spec((c.vocab_size, c.width), ("vocab", "embed"), init_std(c)),
         "layers": stacked,
         "norm": Spec((c.width,), ("embed",), None),
     }
     if not c.tie_embeddings:
-        specs["head"] = Spec((c.vocab_size, c.width), ("vocab", "embed"))
+        specs["head"] = Spec((c.vocab_size, c.width), ("vocab", "embed"), init_std(c))
     return specs
 
 

