@@ -25,15 +25,15 @@ JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the re
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="directory for models, run and report")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="directory to make; default: runs/demo, runs/demo-2, …")] = None,
     seed: Annotated[int, typer.Option(help="another seed gives other models and problems")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where a killed demo stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the last demo (or --out) stopped")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Makes a small teacher and student, distils one into the other and writes a report; minutes on a CPU."""
-    from opd_jax.demo import run_demo
+    from opd_jax.demo import default_directory, run_demo
 
-    _write_json(json_path, run_demo(out, seed, resume, _stop_on_signals()))
+    _write_json(json_path, run_demo(out or default_directory(resume), seed, resume, _stop_on_signals()))
 
 
 @app.command()
@@ -101,9 +101,12 @@ def import_(
     json_path: JsonPath = None,
 ) -> None:
     """Writes a model as a Hugging Face directory (safetensors), with layers removed if asked."""
-    from opd_jax.analysis.prune import import_pruned
+    from opd_jax.analysis.prune import layers_to_drop
+    from opd_jax.checkpoints.importing import import_model
 
-    _write_json(json_path, import_pruned(source, out, sha256=sha256, drop_layers=drop_layers, prompts=prompts))
+    dropped = layers_to_drop(source, drop_layers, prompts)
+    import_model(source, out, dropped, sha256)
+    _write_json(json_path, {"model": str(out), "source": source, "dropped_layers": dropped})
 
 
 @app.command()
@@ -146,7 +149,7 @@ def main() -> None:
         app(standalone_mode=False)
     except InputError as e:
         _fail(str(e), 2)
-    except typer._click.exceptions.ClickException as e:  # noqa: SLF001
+    except typer._click.exceptions.ClickException as e:
         e.show()
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
@@ -168,7 +171,7 @@ def _use_compilation_cache() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd_jax" / "jax"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd-jax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

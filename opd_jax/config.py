@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -25,14 +25,16 @@ class Objective(Strict):
     """What is minimised at each response position (paper.md's objectives; ``opd_jax.losses`` computes it).
 
     name: ``sampled`` score-function policy gradient of the reverse KL (Eq. 3); ``full`` divergence over the vocabulary
-    (Eq. 4); ``topk`` divergence over a support of k ids (Eq. 5).
+    (Eq. 4); ``topk`` divergence over a support of k ids (Eq. 5); ``topk_reference`` the top-k objective of the paper's
+    published code: detached full-vocabulary log-ratios, weighted by the student's probability on the support.
     """
 
-    name: Literal["sampled", "full", "topk"] = "full"
+    name: Literal["sampled", "full", "topk", "topk_reference"] = "full"
     k: PositiveInt = 16
     support: Literal["student", "teacher", "overlap", "non_overlap", "union"] = "student"
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    divergence: Literal["reverse", "forward", "jsd", "skew"] = "reverse"
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # jsd: weight of the teacher in the mixture
+    alpha: Fraction = 0.5  # skew: weight of the teacher in the mixture
     normalise: bool = True  # topk: renormalise both sides over the support
     tail: bool = False  # topk: one extra outcome holds what lies outside the support
     temperature: Annotated[float, Field(gt=0)] = 1.0  # divides the logits of both sides
@@ -41,6 +43,8 @@ class Objective(Strict):
     def _consistent(self) -> Self:
         if self.tail and not self.normalise:
             raise ValueError("tail=true already closes the distribution; it cannot be combined with normalise=false")
+        if self.name in ("sampled", "topk_reference") and (self.tail or self.divergence != "reverse"):
+            raise ValueError(f"name={self.name} is a reverse-KL gradient; it takes neither divergence nor tail")
         return self
 
 
@@ -161,18 +165,37 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(tree, str(path))
 
 
+def parse_data(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Data:
+    """A data section from the command line: the source and ``key=value`` settings of it.
+
+    Raises:
+        InputError: unknown key or wrong type.
+    """
+    tree: dict[str, Any] = {"source": source}
+    for item in overrides:
+        _override(tree, item)
+    return _validated(Data, tree, "data")
+
+
 def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:
     """Validates a plain dict; all errors are reported together, each with the path of its leaf."""
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as e:
-        lines = [f"{where}: {e.error_count()} problem(s)"] + [_explain(err) for err in e.errors()]
-        raise InputError("\n".join(lines)) from e
+    return _validated(Config, tree, where)
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+_M = TypeVar("_M", bound=Strict)
+
+
+def _validated(model: type[_M], tree: dict[str, Any], where: str) -> _M:
+    try:
+        return model.model_validate(tree)
+    except pydantic.ValidationError as e:
+        lines = [f"{where}: {e.error_count()} problem(s)"] + [_explain(err, model) for err in e.errors()]
+        raise InputError("\n".join(lines)) from e
 
 
 class _Loader(yaml.SafeLoader):
@@ -209,11 +232,11 @@ def _override(tree: dict[str, Any], item: str) -> None:
     node[leaf] = _parse_yaml(value, f"override '{item}'")
 
 
-def _explain(err: Any) -> str:
+def _explain(err: Any, root: type[Strict]) -> str:
     path = ".".join(str(p) for p in err["loc"]) or "(top level)"
     if err["type"] == "extra_forbidden":
         *parents, name = err["loc"]
-        fields = _fields_at(parents)
+        fields = _fields_at(root, parents)
         near = difflib.get_close_matches(str(name), fields, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(sorted(fields))}"
         return f"  {path}: unknown key{hint}"
@@ -224,8 +247,7 @@ def _explain(err: Any) -> str:
     return f"  {path}: {message}{found}"
 
 
-def _fields_at(path: list[Any]) -> list[str]:
-    model: Any = Config
+def _fields_at(model: Any, path: list[Any]) -> list[str]:
     for name in path:
         annotation = model.model_fields[name].annotation
         model = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))

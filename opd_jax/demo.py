@@ -24,8 +24,8 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import console
 from opd_jax.training.loop import train
 
-TASK = "products-13x6"
-PROMPT, RESPONSE = 14, 34  # tokens
+TASK = "products-13x4"
+PROMPT, RESPONSE = 10, 22  # tokens
 Row = dict[str, Any]
 
 
@@ -49,6 +49,14 @@ def run_demo(out: Path, seed: int = 0, resume: bool = False, stop: threading.Eve
         config = distillation_config(out, seed)
         rows = train(config, resume=_started(config), title="distilling", stop=stop)
     return _summary(rows, config)
+
+
+def default_directory(resume: bool) -> Path:
+    """The first free one of runs/demo, runs/demo-2, …; to resume, the last one that exists."""
+    last, free = None, Path("runs/demo")
+    while free.exists():
+        last, free = free, Path(f"runs/demo-{int(free.name.partition('-')[2] or 1) + 1}")
+    return last if resume and last else free
 
 
 def distillation_config(out: Path, seed: int) -> Config:
@@ -94,7 +102,7 @@ def _learn(out: Path, name: str, source: str, seed: int, stop: threading.Event |
             "kind": "sft",
             "run_dir": str(out / f"{name}-sft"),
             "seed": seed,
-            "steps": 250,
+            "steps": 200,
             "student": {"path": str(start)},
             "data": _data(source, "train") | {"response": "response"},
             "rollout": {"prompts": 64, "samples": 1, "max_response": RESPONSE},

@@ -5,8 +5,8 @@
     7 * 4 * 11 mod 13 ?   →   7 * 4 = 2 then 2 * 11 = 9 so Answer: 9
 
 Steps are joined by one of eight interchangeable connectives: a style, which says nothing about the answer. The suffix
-``-shaky`` gives the corpus of somebody who has learnt the multiplication table badly: of the (M−1)² facts 70 % are
-right, 15 % uncertain (right with probability 0.4), 15 % misconceptions (right with probability 0.1, one fixed wrong
+``-shaky`` gives the corpus of somebody who has learnt the multiplication table badly: of the (M−1)² facts 60 % are
+right, 20 % uncertain (right with probability 0.4), 20 % misconceptions (right with probability 0.1, one fixed wrong
 value with 0.55), and whose connectives are used evenly, where the exact corpus prefers some. No model of the shaky
 corpus, of whatever size, can know the truth; ``answer`` is always the true one.
 """
@@ -70,7 +70,7 @@ def _parse(name: str) -> tuple[int, int, bool]:
     match = _NAME.fullmatch(name)
     if not match or int(match[2]) < 2 or not _is_prime(int(match[1])):
         raise InputError(
-            f"task:{name}: unknown task; expected products-MxN[-shaky], M prime, N ≥ 2, as in products-13x6"
+            f"task:{name}: unknown task; expected products-MxN[-shaky], M prime, N ≥ 2, as in products-13x4"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 
@@ -88,7 +88,7 @@ def _fact_table(modulus: int, shaky: bool) -> np.ndarray:
     rng = np.random.default_rng(modulus)
     uniform = np.full(modulus, 1 / (modulus - 1))
     uniform[0] = 0
-    kind = rng.choice(3, size=(modulus, modulus), p=[0.7, 0.15, 0.15])[..., None]
+    kind = rng.choice(3, size=(modulus, modulus), p=[0.6, 0.2, 0.2])[..., None]
     distractor = np.eye(modulus)[rng.integers(1, modulus, (modulus, modulus))]
     return np.select(
         [kind == 0, kind == 1, kind == 2],

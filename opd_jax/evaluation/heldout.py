@@ -48,28 +48,13 @@ class Panel:
     answers: tuple[str | None, ...]
 
 
-def make_panel(
-    encoded: Sequence[Sequence[int]],
-    problems: Sequence[str],
-    answers: Sequence[str | None],
-    *,
-    samples: int,
-    batch: int,
-    max_prompt: int,
-) -> Panel:
-    """``samples`` rows a prompt, right-aligned, in batches of at most ``batch`` rows."""
-    n, rows = len(encoded), len(encoded) * samples
+def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str | None], batch: int) -> Panel:
+    """Cuts stacked prompts (the same number of consecutive rows for each problem) into batches of at most ``batch`` rows."""
+    rows = len(prompts.lengths)
     batch = min(batch, rows)
-    tokens = np.zeros((n, max_prompt), np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[max_prompt - len(ids) :] = ids
-    lengths = np.asarray([len(ids) for ids in encoded], np.int32)
-    batches = []
-    for start in range(0, rows, batch):
-        row = np.arange(start, start + batch) % rows
-        of = row // samples
-        batches.append(Prompts(tokens[of], lengths[of], of.astype(np.uint32), (row % samples).astype(np.uint32)))
-    return Panel(tuple(batches), rows, samples, tuple(problems), tuple(answers))
+    starts = range(0, rows, batch)
+    batches = tuple(jax.tree.map(lambda x, s=s: x[np.arange(s, s + batch) % rows], prompts) for s in starts)
+    return Panel(batches, rows, rows // len(problems), tuple(problems), tuple(answers))
 
 
 def sample_panel(

@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with Python 3.11 or later: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lint types oracle clean
+
+demo: .venv/installed
+	$(BIN)/opd demo
+
+test: .venv/installed-dev
+	$(BIN)/pytest -m "not torch and not gpu and not smollm2"
+
+# The same numbers from other systems, live: transformers' models and their GGUF loading.
+oracle: .venv/installed-torch
+	$(BIN)/pytest -m "torch or smollm2"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/installed-dev
+	$(BIN)/pyright
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"'
+	@test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+# pip, not uv: TORCH_INDEX may name the CPU index of pytorch.org
+.venv/installed-torch: .venv/installed-dev
+	$(BIN)/pip install --quiet 'torch==2.13.0' $(TORCH_INDEX)
+	@touch $@
+
+clean:
+	rm -rf .venv .cache runs
