@@ -120,9 +120,11 @@ def sft_batches(
 
 
 def _endless(rows: int, batch: int, seed: int, stack: Callable[[Sequence[int]], Any]) -> grain.DatasetIterator[Any]:
-    order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat().batch(batch, batch_fn=stack)
+    rows_in_order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+    # drop_remainder: the endless dataset has none, but rounding its length up overflows at batch 1.
+    batches = rows_in_order.batch(batch, drop_remainder=True, batch_fn=stack)
     # No read-ahead threads: stacking takes microseconds, and threads would outlive the run.
-    return iter(order.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
 def _encode(record: Record, tokenizer: Any, data: config.Data) -> Tokens:

@@ -32,6 +32,7 @@ _FORM = re.compile(
     r"|\\?\$|\\[,;:!()\[\]]|\\(?:left|right)(?![a-zA-Z])"
 )
 _FORM_KEPT = {"row": r"\\", "frac": r"\frac", "space": " "}  # all else that _FORM finds is dropped
+_UNIT = re.compile(r"(?:\^\{?\\circ\}?|\\degree|°|(?<=\d) dollars?)$")  # math-verify knows the other common units
 
 
 def extract(text: str, fallback_number: bool = False) -> str | None:
@@ -57,14 +58,14 @@ def extract(text: str, fallback_number: bool = False) -> str | None:
 def normalise(answer: str) -> str:
     r"""One spelling for answers that differ in form only.
 
-    Away go ``$``, ``\$``, spacing, ``\left``, a trailing degree sign or full stop, a whole-answer ``\text{…}``;
-    ``\dfrac`` becomes ``\frac``; integers lose leading zeros, grouping commas and ``.0``.
+    Away go ``$``, ``\$``, spacing, ``\left``, a trailing degree sign, full stop or ``dollars``, and ``\text{…}`` around
+    the whole; ``\dfrac`` becomes ``\frac``; integers lose leading zeros, grouping commas and ``.0``.
     """
     answer = answer.replace("−", "-").replace("{,}", ",")
     answer = _FORM.sub(lambda m: _FORM_KEPT.get(m.lastgroup or "", ""), answer)
     answer = re.sub(r"\s+", " ", answer).strip()
     answer = re.sub(r" (?=\W)|(?<=\W) ", "", answer).rstrip(".")
-    answer = re.sub(r"(?:\^\{?\\circ\}?|\\degree|°)$", "", answer)
+    answer = _UNIT.sub("", answer)
     while whole := _TEXT.fullmatch(answer) or re.fullmatch(r"\{([^{}]*)\}", answer):
         answer = whole[1].strip()
     number = answer.replace(",", "") if _GROUPED.fullmatch(answer) else answer
@@ -176,9 +177,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         # -P: the directory of the script is not searched for imports. An own session: Ctrl-C is ours to handle.
         command = [sys.executable, "-P", str(Path(__file__).with_name("verifier.py")), str(self._limit)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=os.environ.copy()
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         if process.stdout.readline() != b"ready\n":
             process.kill()

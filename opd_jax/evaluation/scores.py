@@ -32,8 +32,10 @@ def summarise(values: Float[np.ndarray, " problems"], seed: int = 0) -> Score:
     values = np.asarray(values, np.float64)
     n = len(values)
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    rows = max(1, 2**20 // n)  # resamples drawn at a time, so that memory stays small for many problems
+    parts = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    means = [values[rng.integers(n, size=(part, n))].mean(axis=1) for part in parts]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return Score(float(values.mean()), error, float(low), float(high), n)
 

@@ -1,0 +1,124 @@
+"""Batches: alignment by hand, epochs complete and reshuffled, resume exact through JSON."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opd_jax.config import Data
+from opd_jax.data.pipeline import (
+    Example,
+    encode_examples,
+    encode_prompts,
+    prompt_batches,
+    sft_batches,
+    stack_examples,
+    stack_prompts,
+)
+from opd_jax.data.sources import Record
+from opd_jax.errors import InputError
+
+DATA = Data(source="test", chat=False, max_prompt=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<eos>", *"abcdefgh"])}, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def order(batches, n):
+    return [i for batch in itertools.islice(batches, n) for i in batch.ids.tolist()]
+
+
+def test_overlong_prompts_are_dropped_and_counted(tokenizer):
+    records = [Record("0", "a b"), Record("1", "a b c d e"), Record("2", "a b c d")]
+    encoded, kept, dropped = encode_prompts(records, tokenizer, DATA)
+    assert encoded == [[1, 2], [1, 2, 3, 4]]
+    assert [r.id for r in kept] == ["0", "2"]
+    assert dropped == 1
+    with pytest.raises(InputError, match=r"all 1 prompts are longer than data\.max_prompt=4.*shortest has 5"):
+        encode_prompts(records[1:2], tokenizer, DATA)
+
+
+def test_stacked_prompts_are_right_aligned_and_repeated():
+    prompts = stack_prompts([[5], [6, 7, 8], [9, 9]], [2, 1], 4, samples=2)
+    assert prompts.tokens.tolist() == [[0, 0, 9, 9]] * 2 + [[0, 6, 7, 8]] * 2
+    assert prompts.lengths.tolist() == [2, 2, 3, 3]
+    assert prompts.ids.tolist() == [2, 2, 1, 1]
+    assert prompts.samples.tolist() == [0, 1, 0, 1]
+    dtypes = [a.dtype.name for a in (prompts.tokens, prompts.lengths, prompts.ids, prompts.samples)]
+    assert dtypes == ["int32", "int32", "uint32", "uint32"]
+
+
+def test_a_prompt_twice_in_a_batch_draws_new_samples():
+    prompts = stack_prompts([[5]], [0, 0, 0], 1, samples=2)
+    assert prompts.samples.tolist() == [0, 1, 2, 3, 4, 5]
+    batch = next(prompt_batches([[1], [2]], batch=5, seed=0, max_prompt=1))
+    assert len(set(zip(batch.ids.tolist(), batch.samples.tolist(), strict=True))) == 5
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(10, 4), (12, 4), (3, 8), (7, 1)])
+def test_every_epoch_serves_every_row_once(rows, batch):
+    encoded = [[i] for i in range(rows)]
+    batches = prompt_batches(encoded, batch, seed=1, max_prompt=1)
+    taken = list(itertools.islice(batches, -(-6 * rows // batch)))
+    assert all(b.tokens.shape == (batch, 1) for b in taken)
+    assert all(b.tokens[:, 0].tolist() == b.ids.tolist() for b in taken)
+    served = np.concatenate([b.ids for b in taken])[: 6 * rows].reshape(6, rows)
+    assert (np.sort(served, axis=1) == np.arange(rows)).all()
+    assert len({tuple(epoch) for epoch in served.tolist()}) > 1
+
+
+def test_seeds_give_different_orders():
+    encoded = [[i] for i in range(40)]
+    first = [order(prompt_batches(encoded, 8, seed, 1), 5) for seed in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_resume_continues_the_uninterrupted_order(stop):
+    encoded = [[i] for i in range(10)]
+    whole = order(prompt_batches(encoded, 4, 5, 1, samples=2), 9)
+    batches = prompt_batches(encoded, 4, 5, 1, samples=2)
+    before = order(batches, stop)
+    state = json.loads(json.dumps(batches.get_state()))
+    resumed = prompt_batches(encoded, 4, 5, 1, samples=2)
+    resumed.set_state(state)
+    assert before + order(resumed, 9 - stop) == whole
+
+
+def test_examples_end_and_overlong_ones_are_counted(tokenizer):
+    records = [Record("0", "a b", None, "c"), Record("1", "a", None, "b c d"), Record("2", "a b c d e", None, "f")]
+    examples, kept, dropped = encode_examples(records, tokenizer, DATA, max_response=3)
+    assert examples == [Example([1, 2], [3, 0])]
+    assert [r.id for r in kept] == ["0"]
+    assert dropped == 2
+    with pytest.raises(InputError, match=r"none of 1 rows has a prompt within data\.max_prompt=4"):
+        encode_examples(records[1:2], tokenizer, DATA, max_response=3)
+    with pytest.raises(InputError, match=r"record '9' has no response"):
+        encode_examples([Record("9", "a")], tokenizer, DATA, max_response=3)
+
+
+def test_supervised_rows_are_left_aligned():
+    examples = [Example([1, 2], [3, 0]), Example([4], [5, 6, 0])]
+    batch = stack_examples(examples, [1, 0], width=6)
+    assert batch["tokens"].tolist() == [[4, 5, 6, 0, 0, 0], [1, 2, 3, 0, 0, 0]]
+    assert batch["lengths"].tolist() == [4, 4]
+    assert batch["prompt_lengths"].tolist() == [1, 2]
+    assert {a.dtype.name for a in batch.values()} == {"int32"}
+
+
+def test_supervised_batches_cover_an_epoch_and_resume():
+    examples = [Example([i + 1], [0]) for i in range(6)]
+    batches = sft_batches(examples, 2, seed=0, width=3)
+    firsts = [b["tokens"][:, 0].tolist() for b in itertools.islice(batches, 3)]
+    assert Counter(itertools.chain(*firsts)) == Counter(range(1, 7))
+    resumed = sft_batches(examples, 2, seed=0, width=3)
+    resumed.set_state(batches.get_state())
+    assert next(resumed)["tokens"].tolist() == next(batches)["tokens"].tolist()
