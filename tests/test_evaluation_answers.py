@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -212,13 +213,20 @@ HOSTILE = {
 
 def test_hostile_answers_cost_no_more_than_the_limit():
     honest = (r"\boxed{x+\frac12}", "0.5 + x")
+    before = worker_seconds()
     with AnswerPool(1, limit=0.5) as pool:
         assert pool.grade([honest]) == [True]
         for name, text in HOSTILE.items():
-            start = time.process_time(), time.monotonic()
+            start = time.process_time()
             assert pool.grade([(text, r"\frac{x}{7}"), honest]) == [False, True], name
-            assert time.process_time() - start[0] < 2, name
-            assert time.monotonic() - start[1] < 10, name
+            assert time.process_time() - start < 2, name
+    # Two run into the limit; the rest is the start. Without the limit the wall-clock backstop alone gives 10 s more.
+    assert worker_seconds() - before < 9
+
+
+def worker_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_a_worker_killed_from_outside_is_replaced():
