@@ -210,10 +210,9 @@ def _check_tensors(files: Checkpoint, tensors: dict[str, Tensor], c: DecoderConf
 
 def _check_tied(files: Checkpoint) -> None:
     head, embed = files.slice(TOP_NAMES["head"]), files.slice(TOP_NAMES["embed"])
-    rows = embed.get_shape()[0]
-    same = head.get_shape() == embed.get_shape() and all(
-        np.array_equal(head[i : i + 4096], embed[i : i + 4096]) for i in range(0, rows, 4096)
-    )
+    rows = range(0, embed.get_shape()[0], 4096)
+    blocks = [slice(i, min(i + rows.step, rows.stop)) for i in rows]
+    same = head.get_shape() == embed.get_shape() and all(np.array_equal(head[b], embed[b]) for b in blocks)
     if not same:
         raise InputError(
             f"{files.where[TOP_NAMES['head']]}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
@@ -221,9 +220,7 @@ def _check_tied(files: Checkpoint) -> None:
         )
 
 
-def _block(
-    files: Checkpoint, members: list[Tensor], stacked: bool, dtype: np.dtype, index: Any
-) -> np.ndarray:
+def _block(files: Checkpoint, members: list[Tensor], stacked: bool, dtype: np.dtype, index: Any) -> np.ndarray:
     """One device's part of a weight; ``index``, a tuple of slices, picks it out of the (stacked) shape."""
     picked = members[index[0]] if stacked else members
     inner = index[1:] if stacked else index

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -17,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0].numpy()
 
 
-def greedy(model: torch.nn.Module, new_tokens: int) -> np.ndarray:
+def greedy(model: Any, new_tokens: int) -> np.ndarray:
     """Greedy continuations of the left-padded prompts."""
     tokens, _, segments = small_models.left_padded()
     out = model.generate(
@@ -47,11 +48,11 @@ def make(name: str) -> None:
     print(f"{name}: logits std {np.concatenate(logits).std():.2f}, smallest greedy margin {margin:.1e}")
     if margin < 1e-4:
         raise SystemExit(f"{name}: a greedy choice is too close to call; change the weights' seed")
-    arrays = {f"logits_{i}": x for i, x in enumerate(logits)}
+    arrays: dict[str, Any] = {f"logits_{i}": x for i, x in enumerate(logits)}
     np.savez_compressed(small_models.GOLDEN / f"{name}.npz", greedy=continuation, **arrays)
 
 
-def smallest_margin(model: torch.nn.Module, continuation: np.ndarray) -> float:
+def smallest_margin(model: Any, continuation: np.ndarray) -> float:
     margins = []
     for prompt, new in zip(small_models.prompts(), continuation, strict=True):
         top = np.sort(logits_of(model, np.concatenate([prompt, new]))[len(prompt) - 1 : -1], axis=-1)
