@@ -1,0 +1,223 @@
+"""Curves of a run as matplotlib figures: no pyplot, hence no global state and no display."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from opd_jax.tracking.labels import axis_label, in_order
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. Yellow is left out, being faint on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_TEACHER = "#555555"
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "opd_jax",
+}
+_PANEL = (3.7, 2.5)  # inches: three abreast fill a README's width
+_SMOOTH_FROM = 80  # rows from which a running mean is drawn over the curve
+_EXACT = {"learning_rate"}  # set, not measured: a mean would blur its corners
+_SUFFIX = "_by_position"
+
+
+def curves(
+    runs: Mapping[str, Sequence[Row]],
+    names: Sequence[str],
+    evaluations: Mapping[str, Sequence[Row]] | None = None,
+    k: int | None = None,
+    columns: int = 3,
+) -> Figure:
+    """Small multiples: one panel a metric, training step on the x axis, one colour a run.
+
+    ``runs``: label → rows of metrics.jsonl; ``evaluations``: label → rows of evaluations.jsonl, drawn as points with
+    standard errors (student) and a dashed level (teacher). ``k`` names the overlap ratio overlap@k.
+    Runs of 80 rows and more are drawn faint under their running mean.
+    """
+    evaluations = evaluations or {}
+    labels = list(dict.fromkeys([*runs, *evaluations]))
+
+    def draw(ax: Axes, name: str) -> None:
+        for label, colour in zip(labels, _colours(len(labels)), strict=True):
+            curve = _draw_training(ax, runs.get(label, ()), name, colour, label)
+            _draw_evaluations(ax, evaluations.get(label, ()), name, colour, label if len(labels) > 1 else None, curve)
+        ax.set_xlabel("step")
+        ax.set_ylabel(_axis_text(name, k))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+    return _panels(names, draw, columns)
+
+
+def position_curves(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    k: int | None = None,
+    max_response: int | None = None,
+    average: int = 5,
+    columns: int = 3,
+) -> Figure:
+    """A metric by output position at the first and at the last steps, each the mean of up to ``average`` rows.
+
+    ``names``: metrics whose ``<name>_by_position`` rows hold one value a bin of equal width; ``max_response`` (tokens)
+    turns bins into positions. A bin that no response reached is left out.
+    """
+
+    def draw(ax: Axes, name: str) -> None:
+        held = [row for row in rows if row.get(name + _SUFFIX)]
+        n = max(1, min(average, len(held) // 2))
+        groups = [("first", held[:n], "#9DB8CC"), ("last", held[-n:], PALETTE[0])] if len(held) > 1 else []
+        for when, group, colour in groups or [("", held, PALETTE[0])]:
+            means = _bin_means([row[name + _SUFFIX] for row in group])
+            width = (max_response or len(means)) / len(means)
+            x = (np.arange(len(means)) + 0.5) * width
+            steps = sorted({group[0]["step"], group[-1]["step"]})
+            text = f"{when} steps, {steps[0]}–{steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+            ax.plot(x, means, color=colour, marker="o", markersize=3, linewidth=1.8, label=text)
+        ax.set_xlim(left=0)
+        ax.set_xlabel("output position (tokens)" if max_response else "output position (bin)")
+        ax.set_ylabel(_axis_text(name, k))
+
+    return _panels(names, draw, columns)
+
+
+def position_names(rows: Sequence[Row]) -> list[str]:
+    """Metrics that the rows hold by output position."""
+    return in_order(key.removesuffix(_SUFFIX) for row in rows for key, v in row.items() if key.endswith(_SUFFIX) and v)
+
+
+def save(figure: Figure, path: epath.PathLike) -> None:
+    """Writes a PNG (200 dpi) or an SVG, by the ending of ``path``."""
+    path = epath.Path(path)
+    if path.suffix == ".svg":
+        path.write_text(svg(figure))
+        return
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        FigureCanvasAgg(figure)
+        figure.savefig(buffer, format="png", dpi=200)
+    path.write_bytes(buffer.getvalue())
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element to put into HTML: no prologue, no metadata, text drawn as paths."""
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _panels(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
+    columns = max(1, min(columns, len(names)))
+    lines = max(1, math.ceil(len(names) / columns))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines), layout="constrained")
+        for i, name in enumerate(names):
+            ax = figure.add_subplot(lines, columns, i + 1)
+            draw(ax, name)
+            ax.margins(x=0.03, y=0.12)
+            if len(ax.get_legend_handles_labels()[0]) > 1:
+                ax.legend(loc="best", handlelength=1.6)
+        return figure
+
+
+def _draw_training(ax: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -> bool:
+    points = [(row["step"], _number(row.get(name))) for row in rows if name in row]
+    if not points:
+        return False
+    steps, values = np.array(points, dtype=float).T
+    if len(points) < _SMOOTH_FROM or name in _EXACT:
+        ax.plot(steps, values, color=colour, linewidth=1.8, label=label)
+    else:
+        ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        ax.plot(steps, _running_mean(values, len(points) // 20), color=colour, linewidth=1.9, label=label)
+    return True
+
+
+def _draw_evaluations(ax: Axes, rows: Sequence[Row], name: str, colour: str, run: str | None, curve: bool) -> None:
+    """``run``: its label where there are several; ``curve``: it has a training curve, so points need no line."""
+    held = [row for row in rows if row.get(name) is not None]
+    student = [row for row in held if row.get("who") != "teacher"]
+    if student:
+        errors = [row.get(f"{name}_se") or 0.0 for row in student]
+        ax.errorbar(
+            [row["step"] for row in student],
+            [row[name] for row in student],
+            yerr=errors if any(errors) else None,
+            color=colour,
+            marker="o",
+            markersize=5,
+            markerfacecolor="white",
+            markeredgewidth=1.5,
+            linestyle="none" if curve else "-",
+            linewidth=1.3,
+            capsize=2.5,
+            zorder=4,
+            label="held out" if run is None else None if curve else run,
+        )
+    for row in (row for row in held if row.get("who") == "teacher"):
+        style = {"color": _TEACHER, "label": "teacher"} if run is None else {"color": colour}
+        ax.axhline(row[name], linestyle="--", linewidth=1.2, **style)
+
+
+def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Centred, over 2·half + 1 rows, fewer at the ends; gaps are skipped."""
+    held = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(held, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(held)])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    n = count[high] - count[low]
+    return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
+
+
+def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    width = max(len(row) for row in rows)
+    table = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = [_number(v) for v in row]
+    count = np.isfinite(table).sum(0)
+    return np.where(count > 0, np.nansum(table, 0) / np.maximum(count, 1), np.nan)
+
+
+def _axis_text(name: str, k: int | None) -> str:
+    return textwrap.fill(axis_label(name, k), 28)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _colours(n: int) -> list[str]:
+    return [PALETTE[i % len(PALETTE)] for i in range(n)]

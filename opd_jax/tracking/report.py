@@ -1,0 +1,347 @@
+"""One self-contained HTML file about one or several runs: numbers, curves, sampled texts, settings. No network, no
+script; whatever a model wrote is shown as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+import yaml
+from etils import epath
+
+from opd_jax.errors import InputError
+from opd_jax.tracking import plots
+from opd_jax.tracking.labels import axis_label, format_value, in_order
+from opd_jax.tracking.run_dir import Row, RunDir, existing_run, read_rows, write_atomically
+
+_SAMPLES_SHOWN = 6  # problems with rollouts; the rest is in samples.jsonl
+_TEXT_SHOWN = 20_000  # characters of one rollout
+_NOT_METRICS = {"step", "problems", "samples"}
+_HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
+
+
+def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike) -> None:
+    """Writes the report of one run, or of several with their curves in the same axes.
+
+    Whatever the logs lack is left out; a run that has only a configuration gives a report that says so.
+
+    Raises:
+        InputError: no run is given, or a directory holds no run.
+    """
+    runs = [runs] if isinstance(runs, RunDir) else list(runs)
+    if not runs:
+        raise InputError("report: no run given. Name at least one run directory.")
+    loaded = [_load(existing_run(run.root)) for run in runs]
+    _name_apart(loaded)
+    title = " · ".join(run.name for run in loaded)
+    parts = [f"<h1>{_text(title)}</h1>", _comparison(loaded) if len(loaded) > 1 else ""]
+    parts += [_summary(run, several=len(loaded) > 1) for run in loaded]
+    parts += [_training_curves(loaded)]
+    for section in (_position_curves, _time, _samples, _settings):
+        parts += [section(run, several=len(loaded) > 1) for run in loaded]
+    write_atomically(epath.Path(path), _page(title, "\n".join(filter(None, parts))))
+
+
+def gap_recovery(before: Row, after: Row, teacher: Row) -> tuple[float, float | None] | None:
+    """Gap recovery rate (after − before) / (teacher − before) of three evaluations, with its standard error.
+
+    The error is propagated from ``accuracy_se`` to first order, the three accuracies taken as independent; None where
+    one lacks it. None in place of the pair where an accuracy is missing or the teacher is not above the student.
+    Source: paper, default set-up.
+    """
+    a, b, t = (row.get("accuracy") for row in (after, before, teacher))
+    if a is None or b is None or t is None or t <= b:
+        return None
+    rate = (a - b) / (t - b)
+    errors = [row["accuracy_se"] for row in (after, before, teacher) if row.get("accuracy_se") is not None]
+    if len(errors) < 3:
+        return rate, None
+    weights = (1.0, rate - 1.0, -rate)
+    return rate, math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))) / (t - b)
+
+
+@dataclasses.dataclass
+class _Run:
+    name: str
+    root: str
+    config_text: str
+    environment: list[Row]
+    metrics: list[Row]
+    samples: list[Row]
+    evaluations: list[Row]
+
+    @functools.cached_property
+    def config(self) -> Row:
+        tree = yaml.safe_load(self.config_text)
+        return tree if isinstance(tree, dict) else {}
+
+    def setting(self, path: str) -> Any:
+        node: Any = self.config
+        for name in path.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    @property
+    def student(self) -> list[Row]:
+        return [row for row in self.evaluations if row.get("who") != "teacher"]
+
+    @property
+    def teacher(self) -> Row:
+        return next((row for row in reversed(self.evaluations) if row.get("who") == "teacher"), {})
+
+    @property
+    def recovery(self) -> tuple[float, float | None] | None:
+        return gap_recovery(self.student[0], self.student[-1], self.teacher) if len(self.student) > 1 else None
+
+
+def _load(run: RunDir) -> _Run:
+    rows = (read_rows(path) for path in (run.metrics, run.samples, run.evaluations))
+    environment = json.loads(run.environment.read_text()) if run.environment.exists() else []
+    return _Run(run.root.name or str(run.root), str(run.root), run.config.read_text(), environment, *rows)
+
+
+def _name_apart(runs: list[_Run]) -> None:
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = run.root
+
+
+def _comparison(runs: list[_Run]) -> str:
+    names = [n for n in _HEADLINES if any(row.get(n) is not None for run in runs for row in run.student)]
+    rows = []
+    for run in runs:
+        last = run.student[-1] if run.student else {}
+        rows.append([run.name, last.get("step"), run.recovery, *(_with_error(last, n) for n in names)])
+    heads = ["run", "step", "gap recovery rate", *(axis_label(n, runs[0].setting("objective.k")) for n in names)]
+    return "<h2>Comparison</h2>" + _table(heads, rows)
+
+
+def _summary(run: _Run, several: bool) -> str:
+    """Headline numbers, then before / after / teacher."""
+    objective = run.setting("objective.name") if run.setting("kind") != "sft" else "imitation (SFT)"
+    models = [m for m in (run.setting("student.path"), run.setting("teacher.path")) if m]
+    steps = run.metrics[-1]["step"] if run.metrics else 0
+    facts = [" ← ".join(map(str, models)), objective and f"objective {objective}", f"{steps:,} steps"]
+    if run.environment:
+        last = run.environment[-1]
+        devices = ", ".join(f"{n} × {kind}" for kind, n in last.get("devices", {}).items())
+        facts += [devices, str(last.get("start_time", ""))[:10]]
+    lead = f'<p class="soft">{_text(" · ".join(str(f) for f in facts if f))}</p>'
+    heading = f"<h2>{_text(run.name)}</h2>" if several else ""
+    if not run.student:
+        return f"{heading}{lead}<p>No evaluation was logged yet.</p>"
+    return f"{heading}{lead}{_tiles(run)}{_before_after(run)}"
+
+
+def _tiles(run: _Run) -> str:
+    first, last, tiles = run.student[0], run.student[-1], []
+    if run.recovery is not None:
+        tiles.append((_text(format_value(run.recovery[0])), "gap recovery rate"))
+    for name in _HEADLINES:
+        old, new = first.get(name), last.get(name)
+        if old is None or new is None or first is last:
+            continue
+        caption = axis_label(name, run.setting("objective.k"))
+        if run.teacher.get(name) is not None:
+            caption += f"; teacher {format_value(run.teacher[name])}"
+        tiles.append((f"{format_value(old)} <i>→</i> {format_value(new)}", caption))
+    cards = "".join(f'<div class="card tile"><b>{value}</b><span>{_text(c)}</span></div>' for value, c in tiles)
+    return f'<div class="tiles">{cards}</div>' if cards else ""
+
+
+def _before_after(run: _Run) -> str:
+    first, last, teacher = run.student[0], run.student[-1], run.teacher
+    trained = first is not last
+    heads = ["", f"before (step {first['step']})"] if trained else ["", f"step {first['step']}"]
+    heads += [f"after (step {last['step']})", "change"] if trained else []
+    heads += ["teacher"] if teacher else []
+    rows = []
+    for name in _numeric_names([first, last, teacher]):
+        cells = [_with_error(first, name)]
+        cells += [_with_error(last, name), _change(first, last, name)] if trained else []
+        cells += [_with_error(teacher, name)] if teacher else []
+        rows.append([axis_label(name, run.setting("objective.k")), *cells])
+    if run.recovery is not None:
+        # accuracy, which the rate needs, leads the listed metrics
+        rows.insert(1, ["gap recovery rate", None, run.recovery, *([None] * (len(heads) - 3))])
+    counts = [
+        f"{last[n]:,} {text}" for n, text in (("problems", "problems"), ("samples", "samples each")) if last.get(n)
+    ]
+    note = f"Held-out prompts: {' × '.join(counts)}. " if counts else ""
+    note += "± is one standard error; that of a change or a rate takes the evaluations as independent."
+    return f'{_table(heads, rows)}<p class="soft note">{note}</p>'
+
+
+def _training_curves(runs: list[_Run]) -> str:
+    several = len(runs) > 1
+    labels = [run.name if several else "training" for run in runs]
+    rows = dict(zip(labels, (run.metrics for run in runs), strict=True))
+    evaluations = dict(zip(labels, (run.evaluations for run in runs), strict=True))
+    names = [n for n in _numeric_names([r for run in runs for r in run.metrics]) if not n.startswith("time/")]
+    evaluated = _numeric_names([r for run in runs for r in run.student if len(run.student) > 1])
+    k = runs[0].setting("objective.k")
+    figures = [
+        _figure(plots.curves(rows, [name], evaluations, k), f"{axis_label(name, k)} over training steps")
+        for name in in_order([*names, *evaluated])
+    ]
+    return _plots("Training", figures)
+
+
+def _position_curves(run: _Run, several: bool) -> str:
+    k, length = run.setting("objective.k"), run.setting("rollout.max_response")
+    figures = [
+        _figure(plots.position_curves(run.metrics, [name], k, length), f"{axis_label(name, k)} by output position")
+        for name in plots.position_names(run.metrics)
+    ]
+    return _plots("By output position" + _of(run, several), figures)
+
+
+def _time(run: _Run, several: bool) -> str:
+    timed = run.metrics[1:] or run.metrics  # the first step holds the compilation
+    spent = {
+        name: statistics.median(v)
+        for name in sorted({key for row in timed for key in row if key.startswith("time/")})
+        if (v := [row[name] for row in timed if row.get(name) is not None])
+    }
+    total = sum(spent.values())
+    if not total:
+        return ""
+    rows = [[name.removeprefix("time/"), s, f"{s / total:.0%}"] for name, s in spent.items()]
+    rows.append(["all", total, None])
+    table = _table(["part of a step", "seconds (median)", "share"], rows)
+    return f"<h2>Where the time goes{_text(_of(run, several))}</h2>{table}"
+
+
+def _samples(run: _Run, several: bool) -> str:
+    """The same problems before and after, side by side."""
+    steps = sorted({row["step"] for row in run.samples})
+    if not steps:
+        return ""
+    by_problem: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in run.samples:
+        if row["step"] in (steps[0], steps[-1]):
+            by_problem[str(row.get("problem", ""))][row["step"]].append(row)
+    # Problems sampled at both ends tell most.
+    problems = sorted(by_problem.items(), key=lambda item: -len(item[1]))
+    shown = [_problem(text, answers) for text, answers in problems[:_SAMPLES_SHOWN]]
+    hidden = len(problems) - len(shown)
+    note = f'<p class="soft">{hidden} more problems are in samples.jsonl.</p>' if hidden else ""
+    return f"<h2>Sampled rollouts{_text(_of(run, several))}</h2>{''.join(shown)}{note}"
+
+
+def _problem(text: str, rollouts: dict[int, list[Row]]) -> str:
+    rows = [rollouts[step][0] for step in sorted(rollouts)]
+    answer = next((row["answer"] for row in rows if row.get("answer") is not None), None)
+    expected = f'<p class="soft">Expected answer: {_text(answer)}</p>' if answer is not None else ""
+    cards = "".join(_rollout(row) for row in rows)
+    return f'<section class="card problem"><p>{_text(text)}</p>{expected}<div class="pair">{cards}</div></section>'
+
+
+def _rollout(row: Row) -> str:
+    marks = [f"<b>step {row['step']}</b>"]
+    if row.get("correct") is not None:
+        marks.append('<span class="right">✓ correct</span>' if row["correct"] else '<span class="wrong">✗ wrong</span>')
+    kl = [v for v in row.get("kl_by_token") or [] if v is not None]
+    if kl:
+        marks.append(f"<span>reverse KL {format_value(statistics.fmean(kl))} nats/token, {len(kl)} tokens</span>")
+    response = str(row.get("response", ""))
+    if len(response) > _TEXT_SHOWN:
+        response = response[:_TEXT_SHOWN] + f"\n… {len(response) - _TEXT_SHOWN:,} more characters in samples.jsonl"
+    return f'<div class="rollout"><header>{"".join(marks)}</header><pre>{_text(response)}</pre></div>'
+
+
+def _settings(run: _Run, several: bool) -> str:
+    parts = [f"<details><summary>Configuration</summary><pre>{_text(run.config_text)}</pre></details>"]
+    if run.environment:
+        facts = [*_flat(run.environment[-1]), ["starts of this run", len(run.environment)]]
+        table = _table([], facts, css="facts")
+        parts.append(f"<details><summary>Environment</summary>{table}</details>")
+    return f"<h2>Settings{_text(_of(run, several))}</h2>{''.join(parts)}"
+
+
+def _flat(row: Row) -> list[list[Any]]:
+    flat = []
+    for name, value in row.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        flat.append([name.replace("_", " "), text])
+    return flat
+
+
+def _numeric_names(rows: Iterable[Row]) -> list[str]:
+    numeric = {k for row in rows for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return in_order(name for name in numeric - _NOT_METRICS if not name.endswith("_se"))
+
+
+def _with_error(row: Row, name: str) -> Any:
+    error = row.get(f"{name}_se")
+    return row.get(name) if error is None else (row.get(name), error)
+
+
+def _change(first: Row, last: Row, name: str) -> str | None:
+    old, new = first.get(name), last.get(name)
+    if old is None or new is None:
+        return None
+    errors = [row[f"{name}_se"] for row in (first, last) if row.get(f"{name}_se") is not None]
+    sign = "+" if new > old else "−" if new < old else ""
+    error = math.hypot(*errors) if len(errors) == 2 else None
+    return sign + format_value((abs(new - old), error))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], css: str = "numbers") -> str:
+    head = f"<thead><tr>{''.join(f'<th>{_text(h)}</th>' for h in heads)}</tr></thead>" if heads else ""
+    names = heads or [""] * max(map(len, rows))
+
+    def cell(name: str, value: Any) -> str:
+        # On a narrow page each row becomes a block whose cells carry their column's name.
+        missing = ' class="missing"' if value is None else ""
+        return f'<td{missing} data-head="{_text(name)}">{_text(format_value(value))}</td>'
+
+    body = "".join(f"<tr>{''.join(map(cell, names, row))}</tr>" for row in rows)
+    return f'<div class="card scroll"><table class="{css}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _figure(figure: Any, description: str) -> str:
+    return f'<figure role="img" aria-label="{_text(description)}">{plots.svg(figure)}</figure>'
+
+
+def _plots(heading: str, figures: list[str]) -> str:
+    return f'<h2>{_text(heading)}</h2><div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+def _of(run: _Run, several: bool) -> str:
+    return f": {run.name}" if several else ""
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _page(title: str, body: str) -> str:
+    css = resources.files("opd_jax.tracking").joinpath("report.css").read_text(encoding="utf-8")
+    # The policy makes the browser refuse scripts and network even if an escape were forgotten.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
