@@ -125,6 +125,7 @@ def test_tokenizer(pre: str, digits: list[str], first: str, tmp_path: Path) -> N
     assert encode("a12") == ["a", *digits]
     assert encode("the<tool>th<|end|>th") == ["th", "e", "<tool>", "th", "<|end|>", "th"]
     assert encode("[PAD100]") == list("[PAD100]")
+    assert "[PAD100]" not in tokenizer.get_vocab()
     assert tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[0] == first
     assert tokenizer.decode(tokenizer("th 1 <tool>", add_special_tokens=False)["input_ids"]) == "th 1 <tool>"
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end|>", 98)

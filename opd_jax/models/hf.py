@@ -316,6 +316,7 @@ def _write_weights(path: Path, params: Params, c: DecoderConfig, dtype: np.dtype
         if jax.process_index() == 0:
             # transformers refuses files without this mark
             safetensors.numpy.save_file(arrays, path / name, metadata={"format": "pt"})
+            (path / name).chmod(0o644)  # safetensors makes it private
     if n > 1 and jax.process_index() == 0:
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
