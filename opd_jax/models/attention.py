@@ -56,18 +56,19 @@ def causal_mask(
 
 
 def attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
     """softmax(q kᵀ / √H) v with grouped queries (N a multiple of K; keys are not repeated); softmax in float32.
 
     A query that sees no key (padding) gets a finite, meaningless mean of the values.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H)
+    K, G = k.shape[1], N // k.shape[1]
     dtype = wide(q.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=dtype) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(dtype).min)
+    # plain batched products [m, H] × [S, H] over (B, K), m = (T, G): the one form that XLA on CPU has fast in bf16
+    grouped = q.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
+    scores = jnp.einsum("bkmh,bksh->bkms", grouped, k, preferred_element_type=dtype) * H**-0.5
+    scores = jnp.where(jnp.repeat(mask, G, axis=1)[:, None], scores, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=dtype)
-    return out.astype(q.dtype).reshape(B, T, N, H)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, v, preferred_element_type=dtype).astype(q.dtype)
+    return out.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H)

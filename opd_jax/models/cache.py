@@ -1,4 +1,7 @@
-"""The key/value cache of a batch of rows: one array per tensor with layers as its first axis, updated in place."""
+"""The key/value cache of a batch of rows: one array per layer, so that the decode loop updates it in place.
+
+One array with layers as an axis is copied whole at every write by XLA on CPU (docs/decisions.md).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from opd_jax.mesh import Layout, constrain
 
 @flax.struct.dataclass
 class Cache:
-    k: Array  # [L, B, S, K, H]
-    v: Array  # [L, B, S, K, H]
+    k: tuple[Array, ...]  # per layer [B, K, S, H]
+    v: tuple[Array, ...]  # per layer [B, K, S, H]
     positions: Array  # [B, S] int32, rotary position of each column
     segments: Array  # [B, S] int32, 0: empty or padding
 
@@ -30,19 +33,22 @@ class Cache:
         dtype: Any,
         layout: Layout | None = None,
     ) -> Cache:
-        shape = (layers, rows, columns, kv_heads, head_dim)
-        axes = (None, "batch", None, "kv_heads", None)
-        k, v = (constrain(jnp.zeros(shape, dtype), axes, layout) for _ in range(2))
-        marks = jnp.zeros((rows, columns), jnp.int32)
-        return cls(k, v, marks, marks)
+        def zeros() -> tuple[Array, ...]:
+            shape, axes = (rows, kv_heads, columns, head_dim), ("batch", "kv_heads", None, None)
+            return tuple(constrain(jnp.zeros(shape, dtype), axes, layout) for _ in range(layers))
+
+        positions, segments = (jnp.zeros((rows, columns), jnp.int32) for _ in range(2))  # apart: they are donated
+        return cls(zeros(), zeros(), positions, segments)
 
     def write(self, layer: int, column: int | Array, k: Array, v: Array) -> Cache:
-        """Writes [B, T, K, H] keys and values of one layer at columns column … column + T − 1."""
-        at = (layer, 0, column, 0, 0)
-        update = jax.lax.dynamic_update_slice
-        return self.replace(
-            k=update(self.k, k[None].astype(self.k.dtype), at), v=update(self.v, v[None].astype(self.v.dtype), at)
-        )
+        """Writes [B, K, T, H] keys and values of one layer at columns column … column + T − 1."""
+
+        def put(arrays: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+            old = arrays[layer]
+            updated = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, column, 0))
+            return (*arrays[:layer], updated, *arrays[layer + 1 :])
+
+        return self.replace(k=put(self.k, k), v=put(self.v, v))
 
     def mark(self, column: int | Array, positions: Array, segments: Array) -> Cache:
         """Records positions and segments [B, T] of columns just filled."""

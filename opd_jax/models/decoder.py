@@ -151,7 +151,8 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Callable, layout: Layout | None):
         h = rms_norm(x, self.attention_norm[...], self.c.norm_eps)
         q, k, v = self._head("q", h), self._head("k", h), self._head("v", h)
-        attended, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        k, v = rotate(k, cos, sin).swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        attended, kept = attend(rotate(q, cos, sin), k, v)
         o = self.o[...]
         x = x + linear(attended.reshape(*x.shape[:2], -1), o.reshape(o.shape[0], -1))
         x = constrain(x, ACTIVATION, layout)
