@@ -100,6 +100,7 @@ def test_an_exception_closes_the_live_display():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert console._live is None
+    assert file.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
     assert "✗ distil  stopped after" in file.getvalue()
 
 
