@@ -130,10 +130,8 @@ class _Plan:
         return not self.sparse or self.objective.support != "student" or self.metric_k > 0
 
     @property
-    def shards(self) -> int:
-        if self.layout is None:
-            return 1
-        return math.prod(self.layout.mesh.shape[axis] for axis in dict(self.layout.table).get("batch", ()))
+    def batch_axes(self) -> tuple[str, ...]:
+        return dict(self.layout.table)["batch"] if self.layout else ()
 
 
 class _Tokens(NamedTuple):
@@ -152,35 +150,40 @@ class _Heads(NamedTuple):
 
 def _forward(plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens) -> tuple[Any, ...]:
     """(loss sum, loss of each token, metrics of each token)"""
+
+    def scan(hidden_BTD: Array, heads: _Heads, x: _Tokens) -> Any:
+        def step(_: None, chunk: Any) -> tuple[None, Any]:
+            return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], chunk)
+
+        _, values = lax.scan(step, None, _split(plan, hidden_BTD, x))
+        return jax.tree.map(lambda v: _join(v, x.tokens.shape), values)
+
     heads = _prepare_heads(plan, hidden_BTD, head_VD, teacher_head_VE, x)
-    tiles = _split(plan, hidden_BTD, x)
-    _, values = lax.scan(lambda _, chunk: (None, lax.map(lambda x: _tile(plan, heads, *x)[0], chunk)), None, tiles)
-    return _join(plan, values, x.tokens.shape)
+    loss_BT, measured_BT = _on_shards(plan, scan, (("batch",), ("batch",)))(hidden_BTD, heads, x)
+    return loss_BT.sum(), loss_BT, measured_BT
 
 
 def _forward_with_gradient(
     plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens
 ) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
+    def scan(hidden_BTD: Array, heads: _Heads, x: _Tokens) -> Any:
+        def step(dhead_VD: Array, chunk: tuple[Array, _Tokens]) -> tuple[Array, Any]:
+            values, ids, dlogits = lax.map(lambda tile: _tile(plan, heads, *tile, gradient=True), chunk)
+            dhidden, dhead_VD = _apply_gradient(heads.student, chunk[0], ids, dlogits, dhead_VD)
+            return dhead_VD, (values, dhidden)
+
+        start = jnp.zeros(heads.student.shape, jnp.promote_types(hidden_BTD.dtype, jnp.float32))
+        dhead_VD, per_token = lax.scan(step, start, _split(plan, hidden_BTD, x))
+        values, dhidden_BTD = jax.tree.map(lambda v: _join(v, x.tokens.shape), per_token)
+        # The shards' sums meet once, here, not in every step of the scan.
+        return values, dhidden_BTD, lax.psum(dhead_VD, plan.batch_axes)
+
     heads = _prepare_heads(plan, hidden_BTD, head_VD, teacher_head_VE, x)
-    tiles = _split(plan, hidden_BTD, x)
-    rows, width = heads.student.shape
-    dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
-
-    def pin(dhead_WVD: Array) -> Array:
-        # Each batch shard sums its own tokens; they meet once, after the scan, not in every step of it.
-        return constrain(dhead_WVD, _fit(plan.layout, dhead_WVD.shape, ("batch", "vocab", None)), plan.layout)
-
-    def step(dhead_WVD: Array, chunk: tuple[Array, _Tokens]) -> tuple[Array, Any]:
-        values, ids, dlogits = lax.map(lambda x: _tile(plan, heads, *x, gradient=True), chunk)
-        dhidden, update = _apply_gradient(plan, heads.student, chunk[0], ids, dlogits, dhead_WVD)
-        return pin(update), (values, dhidden)
-
-    start = pin(jnp.zeros((plan.shards, rows, width), dtype))
-    dhead_WVD, (values, dhidden) = lax.scan(step, start, tiles)
-    dhead_VD = dhead_WVD.sum(0) if plan.shards > 1 else dhead_WVD[0]
-    dhead_VD = jnp.pad(dhead_VD, [(0, head_VD.shape[0] - rows), (0, 0)]).astype(head_VD.dtype)
+    run = _on_shards(plan, scan, (("batch",), ("batch",), ()))
+    (loss_BT, measured_BT), dhidden_BTD, dhead_VD = run(hidden_BTD, heads, x)
+    dhead_VD = jnp.pad(dhead_VD, [(0, head_VD.shape[0] - dhead_VD.shape[0]), (0, 0)]).astype(head_VD.dtype)
     dhead_VD = constrain(dhead_VD, _fit(plan.layout, dhead_VD.shape, ("vocab", "embed")), plan.layout)
-    return _join(plan, values, x.tokens.shape), (_rows(plan, dhidden, x.tokens.shape), dhead_VD)
+    return (loss_BT.sum(), loss_BT, measured_BT), (dhidden_BTD, dhead_VD)
 
 
 def _backward(plan: _Plan, residuals: tuple[Array, Array], cotangents: tuple[Array, Any, Any]) -> tuple[Any, ...]:
@@ -235,27 +238,19 @@ def _token_loss(plan: _Plan, s: Array, *, t: Array, tokens: Array, ids: Any, mem
 
 
 def _apply_gradient(
-    plan: _Plan, head_VD: Array, h: Array, ids: Array | None, dlogits: Array, dhead_WVD: Array
+    head_VD: Array, h_NCD: Array, ids: Array | None, dlogits: Array, dhead_VD: Array
 ) -> tuple[Array, Array]:
-    """Hidden gradient [tile, C, D] of a chunk, and the head gradient with the chunk's part added."""
-    dtype = dhead_WVD.dtype
-    h_WND = _by_shard(plan, h)
+    """Hidden gradient of a chunk of N tiles, and the head gradient with the chunk's part added."""
+    dtype, width = dhead_VD.dtype, h_NCD.shape[-1]
     if ids is not None:
         dhidden = jnp.einsum("nck,nckd->ncd", dlogits, head_VD[ids], preferred_element_type=dtype)
-        ids_WK, dlogits_WNK = _by_shard(plan, ids), _by_shard(plan, dlogits)
-        update = dlogits_WNK[..., None].astype(dtype) * h_WND[..., None, :].astype(dtype)
-        return dhidden.astype(h.dtype), jax.vmap(add_at)(dhead_WVD, ids_WK, update)
+        update = dlogits[..., None].astype(dtype) * h_NCD[..., None, :].astype(dtype)
+        return dhidden.astype(h_NCD.dtype), add_at(dhead_VD, ids.reshape(-1), update.reshape(-1, width))
     dhidden = jnp.einsum("ncv,vd->ncd", dlogits, head_VD, preferred_element_type=dtype)
-    dlogits_WVN = _by_shard(plan, dlogits).swapaxes(1, 2)
-    dlogits_WVN = lax.platform_dependent(dlogits_WVN, cpu=_row_major, default=lambda x: x)
-    update = jnp.einsum("wvn,wnd->wvd", dlogits_WVN, h_WND, preferred_element_type=dtype)
-    return dhidden.astype(h.dtype), dhead_WVD + update
-
-
-def _by_shard(plan: _Plan, x: Array) -> Array:
-    """[tile, shard · C, ...] → [shard, tile · C, ...]"""
-    x = x.reshape(x.shape[0], plan.shards, -1, *x.shape[2:]).swapaxes(0, 1)
-    return x.reshape(plan.shards, -1, *x.shape[3:])
+    dlogits_VC = dlogits.reshape(-1, dlogits.shape[-1]).T
+    dlogits_VC = lax.platform_dependent(dlogits_VC, cpu=_row_major, default=lambda x: x)
+    update = jnp.einsum("vc,cd->vd", dlogits_VC, h_NCD.reshape(-1, width), preferred_element_type=dtype)
+    return dhidden.astype(h_NCD.dtype), dhead_VD + update
 
 
 def _row_major(x: Array) -> Array:
@@ -278,17 +273,31 @@ def _logits_at(h_CD: Array, head_VD: Array, logits_CV: Array | None, ids_CK: Arr
     return jnp.einsum("cd,ckd->ck", h_CD, head_VD[ids_CK], preferred_element_type=dtype)
 
 
+def _on_shards(plan: _Plan, f: Any, out: tuple[Axes, ...]) -> Any:
+    """f(hidden, heads, tokens) on the tokens of each batch shard; the tensor axis stays with the compiler."""
+    if plan.layout is None:
+        return f
+    batch, whole, *outputs = (plan.layout.spec(axes) for axes in (("batch",), (), *out))
+    return jax.shard_map(
+        f,
+        mesh=plan.layout.mesh,
+        in_specs=(batch, whole, batch),
+        out_specs=tuple(outputs),
+        axis_names=set(plan.batch_axes),
+        check_vma=False,
+    )
+
+
 def _prepare_heads(plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens) -> _Heads:
-    """Both heads cut to the narrower and cast for the products."""
+    """Both heads cut to the narrower, cast for the products, and only then gathered over fsdp."""
     rows = min(head_VD.shape[0], teacher_head_VE.shape[0])
-    student = head_VD[:rows].astype(hidden_BTD.dtype)
-    return _Heads(_gather(plan, student), _gather(plan, teacher_head_VE[:rows].astype(x.teacher_hidden.dtype)))
+    heads = head_VD[:rows].astype(hidden_BTD.dtype), teacher_head_VE[:rows].astype(x.teacher_hidden.dtype)
+    return _Heads(*(constrain(w, _fit(plan.layout, w.shape, ("vocab", None)), plan.layout) for w in heads))
 
 
 def _split(plan: _Plan, hidden_BTD: Array, x: _Tokens) -> tuple[Array, _Tokens]:
-    """[B, T, ...] → [chunk, tile, shard · C, ...], padded with masked tokens."""
-    batch, steps = x.tokens.shape
-    tokens = batch // plan.shards * steps
+    """[B, T, ...] → [chunk, tile, C, ...], padded with masked tokens."""
+    tokens = x.tokens.size
     tile = min(plan.tile, tokens)
     chunks = -(-tokens // max(plan.chunk, tile))
     per_chunk = -(-tokens // (chunks * tile))
@@ -297,32 +306,16 @@ def _split(plan: _Plan, hidden_BTD: Array, x: _Tokens) -> tuple[Array, _Tokens]:
     def split(a: Array) -> Array:
         tail = a.shape[2:]
         # Whatever stands under the mask, NaN and ids out of range included, is replaced before it meets a product.
-        a = jnp.where(x.mask.reshape(batch, steps, *[1] * len(tail)), a, jnp.zeros_like(a))
-        a = jnp.pad(a.reshape(plan.shards, tokens, *tail), [(0, 0), (0, padding)] + [(0, 0)] * len(tail))
-        a = jnp.moveaxis(a.reshape(plan.shards, chunks, per_chunk, tile, *tail), 0, 2)
-        # Flat, because XLA on CPU runs [1, C, V] on one core.
-        a = a.reshape(chunks, per_chunk, plan.shards * tile, *tail)
-        return constrain(a, (None, None, "batch") + (None,) * len(tail), plan.layout)
+        a = jnp.where(x.mask.reshape(*x.mask.shape, *[1] * len(tail)), a, jnp.zeros_like(a)).reshape(tokens, *tail)
+        return jnp.pad(a, [(0, padding)] + [(0, 0)] * len(tail)).reshape(chunks, per_chunk, tile, *tail)
 
     return jax.tree.map(split, (hidden_BTD, x))
 
 
-def _gather(plan: _Plan, head_VD: Array) -> Array:
-    # Gathered over fsdp once, before the scan, which would otherwise gather it in every step.
-    return constrain(head_VD, _fit(plan.layout, head_VD.shape, ("vocab", None)), plan.layout)
-
-
-def _rows(plan: _Plan, x: Array, shape: tuple[int, ...]) -> Array:
-    """[chunk, tile, shard · C, ...] → [B, T, ...]: undoes ``_split``."""
-    batch, steps = shape
-    x = x.reshape(*x.shape[:2], plan.shards, -1, *x.shape[3:])
-    x = jnp.moveaxis(x, 2, 0).reshape(plan.shards, -1, *x.shape[4:])
-    return x[:, : batch // plan.shards * steps].reshape(batch, steps, *x.shape[2:])
-
-
-def _join(plan: _Plan, values: tuple[Array, dict[str, Array]], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    loss_BT, measured_BT = jax.tree.map(lambda x: _rows(plan, x, shape), values)
-    return loss_BT.sum(), loss_BT, measured_BT
+def _join(x: Array, shape: tuple[int, ...]) -> Array:
+    """[chunk, tile, C, ...] → [B, T, ...]: undoes ``_split``."""
+    x = x.reshape(-1, *x.shape[3:])
+    return x[: math.prod(shape)].reshape(*shape, *x.shape[1:])
 
 
 def _fit(layout: Layout | None, shape: tuple[int, ...], axes: Axes) -> Axes:
@@ -351,7 +344,11 @@ def _plan(
             f"{teacher_head_VE.shape[0]} (teacher) rows: both must cover the "
             "tokenizer. Use a teacher with the student's tokenizer."
         )
-    if topk_ids is not None and topk_ids.shape[-1] < min(objective.k, vocab_size or width):
+    if (
+        topk_ids is not None
+        and objective.name.startswith("topk")
+        and topk_ids.shape[-1] < min(objective.k, vocab_size or width)
+    ):
         raise InputError(
             f"topk_ids holds {topk_ids.shape[-1]} ids a token, objective.k is {objective.k}: "
             "let the rollout return at least objective.k ids."

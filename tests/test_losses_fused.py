@@ -1,0 +1,229 @@
+"""What the fused form promises beyond the formulas: chunks, masks, padded vocabularies, precision, meshes, memory."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from opd_jax.errors import InputError
+from opd_jax.losses import Objective, distillation_loss, reference_loss, token_losses
+from opd_jax.losses.supports import top_k
+from opd_jax.mesh import Layout, make_mesh
+
+FULL = Objective()
+EQ5 = Objective(name="topk", k=5)
+TAIL = Objective(name="topk", k=5, tail=True, support="union")
+# The tests compile many small programs and run each once.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
+def problem(vocab=41, batch=8, steps=6, width=8, teacher_width=16, seed=0):
+    r = np.random.default_rng(seed)
+    h, w = r.normal(size=(batch, steps, width)), r.normal(size=(vocab, width)) * 0.7
+    g, u = r.normal(size=(batch, steps, teacher_width)), r.normal(size=(vocab, teacher_width)) * 0.5
+    lengths = r.integers(1, steps + 1, batch)
+    mask = np.arange(steps) < lengths[:, None]
+    y = r.integers(0, vocab, (batch, steps))
+    return (*(jnp.asarray(x, jnp.float32) for x in (h, w, g, u)), jnp.asarray(y), jnp.asarray(mask))
+
+
+def gradients(objective, **options):
+    def run(h, w, *fixed):
+        def loss(h, w):
+            (total, count), metrics = distillation_loss(h, w, *fixed, objective, **options)
+            return total, (count, metrics)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(h, w)
+
+    return run
+
+
+def close(got, want, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-3)
+
+
+@pytest.mark.parametrize("objective", [FULL, EQ5, TAIL], ids=["full", "eq5", "tail"])
+def test_chunks_and_tiles_do_not_matter(objective):
+    inputs = problem()
+    sizes = [(512, None), (7, 3)]
+    whole, *others = jit(lambda *x: [gradients(objective, chunk=c, tile=t)(*x) for c, t in sizes])(*inputs)
+    for other in others:
+        close(other, whole)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_meshes_do_not_matter(shape):
+    inputs = problem(vocab=48)
+    ids = jnp.tile(jnp.arange(5), (8, 6, 1))
+
+    def run(layout):
+        def both(*x):
+            full = gradients(FULL, layout=layout, tile=2, chunk=4)(*x)
+            return full, gradients(EQ5, layout=layout, tile=2, topk_ids=ids, metrics=False)(*x)
+
+        return jit(both)
+
+    layout = Layout(make_mesh(*shape))
+    axes = [("batch", None, None), ("vocab", "embed"), ("batch", None, None), ("vocab", "embed"), ("batch", None)]
+    sharded = [jax.device_put(x, layout.sharding(a)) for x, a in zip(inputs, [*axes, axes[-1]], strict=True)]
+    got = run(layout)(*sharded)
+    close(jax.device_get(got), jax.device_get(run(None)(*inputs)))
+    assert got[0][1][0].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(axes[0])), 3)
+    assert got[0][1][1].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(axes[1])), 2)
+
+
+def test_no_collective_inside_the_scan():
+    layout = Layout(make_mesh(4, 2, 1))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(vocab=48)]
+    axes = [("batch", None, None), ("vocab", "embed"), ("batch", None, None), ("vocab", "embed"), ("batch", None)]
+    shapes = [
+        jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout.sharding(a))
+        for s, a in zip(shapes, [*axes, axes[-1]], strict=True)
+    ]
+    text = jit(gradients(FULL, layout=layout, tile=1, chunk=2)).lower(*shapes).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    collective = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
+    assert collective.search(entry), "the head gradient must be reduced somewhere"
+    assert len(collective.findall(text)) == len(collective.findall(entry))
+
+
+def test_micro_batches_add_up():
+    inputs = problem()
+    run = jit(gradients(FULL))
+    (whole, (count, metrics)), (dh, dw) = run(*inputs)
+    for size in (1, 2):
+        parts = [run(inputs[0][i : i + size], inputs[1], inputs[2][i : i + size], inputs[3],
+                     *(x[i : i + size] for x in inputs[4:])) for i in range(0, 8, size)]  # fmt: skip
+        sums = jax.tree.map(lambda *x: sum(x), *[(p[0], p[1][1]) for p in parts])
+        close(sums, ((whole, (count, metrics)), dw), 1e-6)
+        close(np.concatenate([p[1][0] for p in parts]), dh, 1e-6)
+
+
+def test_nothing_under_the_mask_matters():
+    h, w, g, u, y, mask = problem()
+    ids = jnp.tile(jnp.arange(5), (8, 6, 1))
+    for objective, options in ((FULL, {}), (Objective(name="sampled"), {}), (TAIL, {}), (EQ5, {"metrics": False})):
+        run = jit(lambda ids, *x, o=objective, opts=options: gradients(o, topk_ids=ids, **opts)(*x))
+        clean = run(ids, h, w, g, u, y, mask)
+        keep = mask[..., None]
+        bad = (jnp.where(keep, h, jnp.nan), w, jnp.where(keep, g, jnp.inf), u, jnp.where(mask, y, -7), mask)
+        dirty = run(jnp.where(keep, ids, 10**6), *bad)
+        jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+        assert not np.any(np.where(keep, 0, dirty[1][0]))
+
+
+def test_each_state_is_scored_on_its_own_token():
+    h, w, g, u, y, _ = problem(batch=1)
+    mask = jnp.asarray([[False, True, True, True, True, False]])  # prompt, response with end-of-sequence, padding
+    losses = jit(lambda y: token_losses(h, w, g, u, y, mask, Objective(name="sampled")))
+    before = losses(y)
+    assert np.array_equal(np.asarray(before != 0), mask)
+    for t in range(6):
+        changed = np.asarray(losses(y.at[0, t].set((y[0, t] + 1) % 41)) != before)[0]
+        assert np.array_equal(changed, (np.arange(6) == t) & mask[0])
+
+
+def test_padding_ids_carry_no_probability():
+    h, w, g, u, y, mask = problem()
+    r = np.random.default_rng(1)
+    w_wide = jnp.concatenate([w, 50 * r.normal(size=(7, 8)).astype("f4")])
+    u_wide = jnp.concatenate([u, 50 * r.normal(size=(23, 16)).astype("f4")])
+    objectives = (FULL, Objective(name="topk", k=50), TAIL)
+    exact = jit(lambda *x: [gradients(o)(*x) for o in objectives])(h, w, g, u, y, mask)
+    padded = jit(lambda *x: [gradients(o, vocab_size=41)(*x) for o in objectives])(h, w_wide, g, u_wide, y, mask)
+    for objective, (want, (dh, dw)), (got, (wide_dh, wide_dw)) in zip(objectives, exact, padded, strict=True):
+        close((got, wide_dh, wide_dw[:41]), (want, dh, dw))
+        assert wide_dw.shape == (48, 8)
+        assert not np.any(wide_dw[41:])
+        reference = reference_loss(h, w_wide, g, u_wide, y, mask, objective, vocab_size=41)
+        np.testing.assert_allclose(reference[0], want[0], rtol=1e-5)
+
+
+def test_equal_models_of_different_padded_width_are_at_rest():
+    h, w, _, _, y, mask = problem()
+    padded = jnp.pad(w, ((0, 10), (0, 0)))
+    for student, teacher in ((w, padded), (padded, w)):
+        (loss, (_, metrics)), grads = jit(gradients(FULL))(h, student, h, teacher, y, mask)
+        assert loss == 0
+        assert metrics["reverse_kl"][0] == 0
+        assert max(np.abs(x).max() for x in grads) < 1e-6
+
+
+def test_near_zero_kl_of_bfloat16_states():
+    r = np.random.default_rng(0)
+    h = jnp.asarray(r.normal(size=(2, 16, 32)), jnp.bfloat16)
+    w = jnp.asarray(4 * r.normal(size=(500, 32)) / np.sqrt(32), jnp.bfloat16)
+    u = (w.astype("f4") + 0.016 * r.normal(size=w.shape)).astype(jnp.bfloat16)
+    y, mask = jnp.zeros((2, 16), int), jnp.ones((2, 16), bool)
+    (loss, count), metrics = jit(lambda *x: distillation_loss(*x, FULL))(h, w.astype("f4"), h, u, y, mask)
+    s, t = (np.asarray(h, float) @ np.asarray(x, float).T for x in (w, u))
+    logp, logq = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (s, t))
+    exact = (np.exp(logp) * (logp - logq)).sum(-1).mean()
+    assert 0.001 < exact < 0.01
+    np.testing.assert_allclose(loss / count, exact, rtol=1e-2)
+    np.testing.assert_allclose(metrics["reverse_kl"][0] / count, exact, rtol=1e-2)
+
+
+def test_head_gradient_accumulates_in_float32():
+    h, w, g, u, y, mask = problem(batch=1, steps=1)
+    n = 1024
+    many = (*(jnp.repeat(x, n, 1) for x in (h, g)), jnp.repeat(y, n, 1), jnp.repeat(mask, n, 1))
+    run = jit(gradients(FULL, metrics=False, chunk=4, tile=4))
+    bf16 = jnp.bfloat16
+    one = run(h.astype(bf16), w, g.astype(bf16), u, y, mask)[1][1]
+    total = run(many[0].astype(bf16), w, many[1].astype(bf16), u, *many[2:])[1][1]
+    assert total.dtype == jnp.float32
+    close(total, n * one, 1e-4)
+
+
+def test_teacher_gets_no_gradient():
+    h, w, g, u, y, mask = problem()
+    dg, du = jit(jax.grad(lambda g, u: distillation_loss(h, w, g, u, y, mask, FULL)[0][0], (0, 1)))(g, u)
+    assert not np.any(dg)
+    assert not np.any(du)
+
+
+def test_logits_are_formed_once_and_never_all():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(vocab=4099, batch=4, steps=512)]
+    products = [str(jax.make_jaxpr(f)(*shapes)).count("dot_general")
+                for f in (gradients(FULL), lambda *x: distillation_loss(*x, FULL))]  # fmt: skip
+    assert products == [4, 2]
+    temporary = jax.jit(gradients(FULL, chunk=128)).lower(*shapes).compile().memory_analysis()
+    assert temporary.temp_size_in_bytes < 4 * 512 * 4099 * 4 / 4
+
+
+def test_given_ids_spare_the_vocabulary_products():
+    h, w, g, u, y, mask = problem(vocab=4099)
+    ids = jnp.tile(jnp.arange(5), (8, 6, 1))
+    run = gradients(EQ5, metrics=False, topk_ids=ids)
+    assert not re.search(r"f32\[\d+,4099\]", str(jax.make_jaxpr(run)(h, w, g, u, y, mask)))
+
+
+@pytest.mark.parametrize("vocab", [7, 41, 1000, 4099])
+def test_top_k_with_ties(vocab):
+    x = np.random.default_rng(0).integers(0, vocab // 3, (20, vocab)).astype("f4")
+    k = min(vocab, 16)
+    np.testing.assert_array_equal(top_k(jnp.asarray(x), k), np.argsort(-x, axis=-1, kind="stable")[:, :k])
+
+
+def test_bad_input_is_named():
+    h, w, g, u, y, mask = problem()
+    with pytest.raises(InputError, match="vocab_size = 42"):
+        distillation_loss(h, w, g, u, y, mask, FULL, vocab_size=42)
+    with pytest.raises(InputError, match="topk_ids holds 3"):
+        distillation_loss(h, w, g, u, y, mask, EQ5, topk_ids=jnp.zeros((8, 6, 3), int))
+    with pytest.raises(InputError, match="teacher hidden states"):
+        distillation_loss(h, w, h, u, y, mask, FULL)
+    with pytest.raises(InputError, match="mask has shape"):
+        distillation_loss(h, w, g, u, y, mask[:, 1:], FULL)
+    with pytest.raises(InputError, match="axis 'batch' has size 6"):
+        distillation_loss(*(x[:6] if i not in (1, 3) else x for i, x in enumerate((h, w, g, u, y, mask))), FULL,
+                          layout=Layout(make_mesh(8, 1, 1)))  # fmt: skip

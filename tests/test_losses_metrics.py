@@ -1,0 +1,92 @@
+"""Metrics against loops over positions in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax.losses import Objective, distillation_loss
+from opd_jax.losses.metrics import BY_POSITION
+
+K, BINS = 4, 3
+
+
+def softmax(z):
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def position(s, t):
+    """All metrics of one position, by the definitions of paper.md; overlap_advantage is None where it has no value."""
+    p, q = softmax(s), softmax(t)
+    top_p, top_q = np.argsort(-s, kind="stable")[:K], np.argsort(-t, kind="stable")[:K]
+    shared = [v for v in top_p if v in top_q]
+    ps, qs = p[shared] / p[shared].sum(), q[shared] / q[shared].sum()
+    weighted = p[top_p] / p[top_p].sum() * (np.log(q) - np.log(p))[top_p]
+    extreme = top_p[np.argmax(np.abs(weighted))]
+    entropy_p, entropy_q = -(p * np.log(p)).sum(), -(q * np.log(q)).sum()
+    return dict(
+        overlap_ratio=len(shared) / K,
+        overlap_advantage=(ps * (np.log(qs) - np.log(ps))).sum() / len(shared) if shared else None,
+        entropy_gap=abs(entropy_q - entropy_p),
+        student_entropy=entropy_p,
+        teacher_entropy=entropy_q,
+        overlap_mass_student=p[shared].sum(),
+        overlap_mass_teacher=q[shared].sum(),
+        reverse_kl=(p * np.log(p / q)).sum(),
+        forward_kl=(q * np.log(q / p)).sum(),
+        extreme_advantage_gap=p[extreme] - q[extreme],
+        argmax_agreement=float(np.argmax(s) == np.argmax(t)),
+    )
+
+
+def problem():
+    r = np.random.default_rng(0)
+    s = 2 * r.normal(size=(4, 7, 30))
+    t = 0.7 * s + 1.5 * r.normal(size=s.shape)
+    t[0, 0] = -s[0, 0]  # no common id
+    mask = np.arange(7) < np.array([7, 3, 1, 6])[:, None]
+    return s, t, mask
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(), Objective(name="sampled"), Objective(name="topk", k=9, temperature=2.0, support="union")],
+    ids=lambda o: o.name,
+)
+def test_metrics_equal_brute_force_in_every_mode(objective):
+    s, t, mask = problem()
+    want = {}
+    for b, i in zip(*np.nonzero(mask), strict=True):
+        for name, value in position(s[b, i], t[b, i]).items():
+            sums, counts = want.setdefault(name, (np.zeros(BINS), np.zeros(BINS)))
+            if value is not None:
+                sums[i * BINS // 7] += value
+                counts[i * BINS // 7] += 1
+
+    def run(s, t, eye, mask):
+        tokens = jnp.zeros(mask.shape, jnp.int32)
+        return distillation_loss(s, eye, t, eye, tokens, mask, objective, metric_k=K, bins=BINS, tile=5)[1]
+
+    with jax.enable_x64(True):
+        got = jax.device_get(jax.jit(run)(s, t, np.eye(30), mask))
+    assert set(got) == {*want, *(f"{name}_by_position" for name in BY_POSITION)}
+    for name, (sums, counts) in want.items():
+        np.testing.assert_allclose(got[name], (sums.sum(), counts.sum()), atol=1e-10, err_msg=name)
+        if name in BY_POSITION:
+            np.testing.assert_allclose(got[f"{name}_by_position"], (sums, counts), atol=1e-10, err_msg=name)
+    assert 0 < got["overlap_advantage"][1] < mask.sum()
+
+
+def test_identical_models_agree():
+    s, _, mask = problem()
+    eye = np.eye(30, dtype="f4")
+    s = s.astype("f4")
+    run = jax.jit(
+        lambda s: distillation_loss(s, eye, s, eye, np.zeros(mask.shape, int), mask, Objective(), metric_k=100)
+    )
+    got = run(s)[1]
+    for name in ("entropy_gap", "reverse_kl", "forward_kl", "overlap_advantage", "extreme_advantage_gap"):
+        assert got[name][0] == 0, name
+    for name in ("overlap_ratio", "argmax_agreement"):
+        assert got[name][0] == got[name][1] == mask.sum(), name
