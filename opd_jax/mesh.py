@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,7 +73,7 @@ def constrain(x: Array, axes: Axes, layout: Layout | None) -> Array:
     return x if layout is None else layout.constrain(x, axes)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor); one axis may be -1 and takes what the others leave.
 
     Raises:

@@ -202,7 +202,7 @@ def test_several_runs_have_a_legend_and_their_own_colours():
         assert legend is not None
         assert [text.get_text() for text in legend.get_texts()] == ["full", "top-16"]
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
-    assert all(container.lines[0].get_linestyle() == "-" for container in accuracy.containers)
+    assert all(container[0].get_linestyle() == "-" for container in accuracy.containers)
 
 
 def test_running_mean_against_a_loop():
@@ -230,9 +230,9 @@ def test_position_curves_average_first_and_last_steps():
     (ax,) = plots.position_curves(rows, ["entropy_gap"], max_response=60, average=3).axes
     assert ax.get_xlabel() == "output position (tokens)"
     assert ax.get_ylabel() == "entropy gap (nats)"
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), [10, 30, 50])
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [2.0, 5.0, np.nan])
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [9.0, 18.0, np.nan])
+    np.testing.assert_allclose(np.asarray(ax.lines[0].get_xdata()), [10, 30, 50])
+    np.testing.assert_allclose(np.asarray(ax.lines[0].get_ydata()), [2.0, 5.0, np.nan])
+    np.testing.assert_allclose(np.asarray(ax.lines[1].get_ydata()), [9.0, 18.0, np.nan])
     assert [line.get_label() for line in ax.lines] == ["first steps, 1–3", "last steps, 8–10"]
 
 

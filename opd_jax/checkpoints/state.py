@@ -33,7 +33,7 @@ class Checkpoints:
             return None
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=items)
+            restored: Any = self._manager.restore(step, args=items)
         except (ValueError, KeyError) as e:
             raise InputError(
                 f"{self._manager.directory}/{step}: cannot be restored into this run ({str(e).splitlines()[0]}). "

@@ -5,6 +5,7 @@ One array with layers as an axis is copied whole at every write by XLA on CPU (d
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -48,12 +49,13 @@ class Cache:
             updated = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, column, 0))
             return (*arrays[:layer], updated, *arrays[layer + 1 :])
 
-        return self.replace(k=put(self.k, k), v=put(self.v, v))
+        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
     def mark(self, column: int | Array, positions: Array, segments: Array) -> Cache:
         """Records positions and segments [B, T] of columns just filled."""
         update = jax.lax.dynamic_update_slice
-        return self.replace(
+        return dataclasses.replace(
+            self,
             positions=update(self.positions, positions.astype(jnp.int32), (0, column)),
             segments=update(self.segments, segments.astype(jnp.int32), (0, column)),
         )

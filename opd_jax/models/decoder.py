@@ -143,6 +143,13 @@ def init_params(c: DecoderConfig, key: Array, layout: Layout | None = None) -> P
 class Layer(nnx.Module):
     """Pre-norm attention and SwiGLU block; ``attend(q, k, v)`` decides what the queries see."""
 
+    attention_norm: nnx.Param
+    mlp_norm: nnx.Param
+    o: nnx.Param
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
+
     def __init__(self, c: DecoderConfig):
         self.c = c
         for name, spec in layer_specs(c).items():

@@ -27,7 +27,7 @@ def opd_loss(
     metrics: bool = True,
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:
-    """((loss sum, response-token count), metrics) of a batch of rollouts; divide once, globally (paper.md, Eqs. 3–5)."""
+    """((loss sum, response-token count), metrics) of a batch of rollouts; divide once, globally (paper, Eqs. 3–5)."""
     hidden = response_states(params, config, rollouts, dtype=dtype, remat=remat, layout=layout)
     return distillation_loss(
         hidden,

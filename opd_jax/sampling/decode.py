@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,7 +131,8 @@ def _decode(
         mask = live.reshape(-1, *[1] * (value.ndim - 1))
         return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(mask, value, 0)[:, None], column, axis=1)
 
-    out = out.replace(
+    out = dataclasses.replace(
+        out,
         tokens=put(out.tokens, ids),
         logp=put(out.logp, logp),
         entropy=put(out.entropy, entropy),

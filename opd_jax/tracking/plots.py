@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 # Okabe and Ito's palette: told apart with any kind of colour vision. Yellow is left out, being faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _TEACHER = "#555555"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 9.5,
     "axes.labelsize": 9.5,
@@ -187,7 +187,7 @@ def _draw_evaluations(ax: Axes, rows: Sequence[Row], name: str, colour: str, run
             label="held out" if run is None else None if curve else run,
         )
     for row in (row for row in held if row.get("who") == "teacher"):
-        style = {"color": _TEACHER, "label": "teacher"} if run is None else {"color": colour}
+        style: dict[str, Any] = {"color": _TEACHER, "label": "teacher"} if run is None else {"color": colour}
         ax.axhline(row[name], linestyle="--", linewidth=1.2, **style)
 
 

@@ -136,7 +136,7 @@ class _Clock:
 
 
 def _common(setup: Setup, state: TrainState, step: int) -> Row:
-    return {"learning_rate": float(setup.schedule(step - 1)), "skipped": int(state.skipped)}
+    return {"learning_rate": float(np.asarray(setup.schedule(step - 1))), "skipped": int(state.skipped)}
 
 
 def _evaluate_start(
