@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
 from opd_jax.types import Prompts
 
@@ -52,7 +52,8 @@ def law_logits(
         prob = jax.nn.softmax(jnp.where(kept_k, scaled, -jnp.inf), axis=-1)
         sorted_prob = jnp.take_along_axis(prob, order, axis=-1)
         mass_before = jnp.take_along_axis(jnp.cumsum(sorted_prob, axis=-1) - sorted_prob, rank, axis=-1)
-        kept = kept_k & ((mass_before < top_p) | (rank == 0))
+        # rounded mass may reach 1 before the last id
+        kept = kept_k & ((mass_before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1))
         scaled = jnp.where(kept, scaled, -jnp.inf)
     return jnp.where(temperature > 0, scaled, greedy)
 
@@ -69,16 +70,24 @@ def draw(logits: Float[Array, "B V"], u: Float[Array, " B"]) -> tuple[Int[Array,
     cumulative = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
     total = cumulative[:, -1]
     target = u * total
-    block = _first_above(cumulative, target)
+    block = _first_above(cumulative, blocks.sum(axis=-1) > 0, target)
     before = jnp.where(block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    ids = block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - before)
+    ids = block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), inside > 0, target - before)
     logp = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - top[:, 0] - jnp.log(total)
     return ids.astype(jnp.int32), logp
 
 
-def _first_above(cumulative: Float[Array, "B n"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """First index whose cumulative weight exceeds the target; never one without weight, whatever rounding does."""
-    index = jnp.sum(cumulative <= target[:, None], axis=-1)
-    last_with_weight = jnp.argmax(cumulative, axis=-1)  # argmax takes the first of equals: trailing zeros add nothing
-    return jnp.minimum(index, last_with_weight)
+def _first_above(
+    cumulative: Float[Array, "B n"], has_weight: Bool[Array, "B n"], target: Float[Array, " B"]
+) -> Int[Array, " B"]:
+    """First index with weight whose cumulative weight exceeds the target; else the last index with weight.
+
+    Weight is asked for by itself: a parallel cumulative sum associates differently from one index to the next, so it
+    may step up, by rounding, at an index without weight.
+    """
+    n = cumulative.shape[-1]
+    first = jnp.argmax(has_weight & (cumulative > target[:, None]), axis=-1)
+    last = n - 1 - jnp.argmax(has_weight[:, ::-1], axis=-1)
+    none_above = ~jnp.any(has_weight & (cumulative > target[:, None]), axis=-1)
+    return jnp.where(none_above, last, first)
