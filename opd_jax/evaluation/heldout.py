@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opd_jax.config import Objective
-from opd_jax.losses import distillation_loss
+from opd_jax.losses import position_metrics
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.sampling.decode import Law
@@ -49,7 +49,7 @@ class Panel:
 
 
 def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str | None], batch: int) -> Panel:
-    """Cuts stacked prompts (the same number of consecutive rows for each problem) into batches of at most ``batch`` rows."""
+    """Cuts stacked prompts (equally many consecutive rows for each problem) into batches of at most ``batch`` rows."""
     rows = len(prompts.lengths)
     batch = min(batch, rows)
     starts = range(0, rows, batch)
@@ -74,26 +74,23 @@ def put_rows(batch: Any, layout: Layout) -> Any:
 def make_measure(
     student: DecoderConfig, *, k: int, vocab_size: int, dtype: Any, layout: Layout | None
 ) -> Callable[[Params, Rollouts, Array, Array], dict[str, tuple[Array, Array]]]:
-    """Builds the jitted ``measure(student_params, rollouts, teacher_hidden, teacher_head)`` → {name: (sum [B], count [B])}.
+    """Builds the jitted ``measure(student_params, rollouts, teacher_hidden, teacher_head)`` → {name: (sum, count)}.
 
-    The metrics of paper.md Eqs. 6–10 and both divergences, summed over each row's response tokens.
+    The metrics of paper.md Eqs. 6–10 and both divergences, summed over each row's response tokens: arrays [B].
     """
-    objective = Objective(name="full", k=k)
 
     def measure(
         params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array
     ) -> dict[str, tuple[Array, Array]]:
         hidden = response_states(params, student, rollouts, dtype=dtype, layout=layout)
-
-        def row(*arrays: Array) -> dict[str, tuple[Array, Array]]:
-            student_hidden, teacher_hidden, tokens, mask = (a[None] for a in arrays)
-            _, metrics = distillation_loss(
-                student_hidden, head(params), teacher_hidden, teacher_head, tokens, mask, objective,
-                vocab_size=vocab_size, metric_k=k,
-            )  # fmt: skip
-            return {name: metrics[name] for name in MEASURED}
-
-        return jax.vmap(row)(hidden, teacher_hidden, rollouts.tokens, response_mask(rollouts))
+        mask = response_mask(rollouts)
+        values = position_metrics(
+            hidden, head(params), teacher_hidden, teacher_head, rollouts.tokens, mask,
+            k=k, vocab_size=vocab_size, layout=layout,
+        )  # fmt: skip
+        shared = mask & (values["overlap_ratio"] > 0)  # elsewhere Eq. 7 has no value
+        masks = dict.fromkeys(MEASURED, mask) | {"overlap_advantage": shared}
+        return {n: (jnp.sum(values[n], axis=1, where=m), jnp.sum(m, axis=1)) for n, m in masks.items()}
 
     return jax.jit(measure)
 

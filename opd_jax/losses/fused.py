@@ -99,6 +99,29 @@ def token_losses(
     return lax.stop_gradient(_fused(plan, student_hidden_BTD, student_head_VD, teacher_head_VE, x)[1])
 
 
+def position_metrics(
+    student_hidden_BTD: Float[Array, "B T D"],
+    student_head_VD: Float[Array, "V D"],
+    teacher_hidden_BTE: Float[Array, "B T E"],
+    teacher_head_VE: Float[Array, "W E"],
+    tokens_BT: Int[Array, "B T"],
+    mask_BT: Array,
+    *,
+    k: int = 16,
+    vocab_size: int | None = None,
+    layout: Layout | None = None,
+) -> dict[str, Float[Array, "B T"]]:
+    """The metrics of Eqs. 6-10 at each position, without gradient: the terms that ``distillation_loss`` sums.
+
+    What stands under the mask is meaningless; ``overlap_advantage`` has no value where ``overlap_ratio`` is 0.
+    """
+    plan = _plan(student_head_VD, teacher_head_VE, Objective(), vocab_size, None, 512, None, layout)
+    plan = dataclasses.replace(plan, metric_k=min(k, plan.vocab))
+    _check(plan, student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
+    x = _Tokens(teacher_hidden_BTE, tokens_BT, mask_BT.astype(bool), None)
+    return lax.stop_gradient(_fused(plan, student_hidden_BTD, student_head_VD, teacher_head_VE, x)[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What is static: the objective, the sizes, and which products with the whole vocabulary are needed."""
