@@ -13,12 +13,14 @@ from pydantic import Field, model_validator
 
 from opd_jax.errors import InputError
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31 - 1)]  # steps are counted in int32
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31 - 1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Objective(Strict):
@@ -63,7 +65,7 @@ class Data(Strict):
     response: str | None = None  # column with the text to imitate (sft only)
     template: str = "plain"  # plain | boxed | dapo | text holding {problem}
     chat: bool = True  # wrap in the tokenizer's chat template
-    chat_arguments: dict[str, Any] = {}  # e.g. enable_thinking: false
+    chat_arguments: dict[str, pydantic.JsonValue] = {}  # e.g. enable_thinking: false
     max_prompt: PositiveInt = 1024  # tokens; longer prompts are dropped and counted
     limit: PositiveInt | None = None  # use the first n rows only
 
@@ -74,15 +76,15 @@ class Rollout(Strict):
     max_response: PositiveInt = 7168  # tokens
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Fraction = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: off
+    top_k: NonNegativeInt = 0  # 0: off
 
 
 class Optimizer(Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0  # steps
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
+    warmup: NonNegativeInt = 0  # steps
+    b1: Decay = 0.9
+    b2: Decay = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
@@ -98,7 +100,7 @@ class Evaluation(Strict):
     """Held-out prompts: accuracy where they have answers, divergence from the teacher on fresh student rollouts."""
 
     data: Data | None = None
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only before and after the run
+    every: NonNegativeInt = 0  # steps; 0: only before and after the run
     problems: PositiveInt = 64
     samples: PositiveInt = 1  # k of avg@k
     batch: PositiveInt = 64  # rows decoded together
@@ -117,7 +119,7 @@ class Config(Strict):
 
     kind: Literal["opd", "sft"] = "opd"
     run_dir: str
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: NonNegativeInt = 0
     steps: PositiveInt
     student: Model
     teacher: Model | None = None
@@ -131,7 +133,7 @@ class Config(Strict):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
     micro_batch: PositiveInt | None = None  # sequences per gradient pass; None: all at once
     remat: bool = True  # recompute layer activations in the backward pass
-    log_samples: Annotated[int, Field(ge=0)] = 2  # rollouts written as text at every step that is evaluated
+    log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,7 +157,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     try:
         text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot read the configuration ({e}). Give the path of a YAML file.") from e
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
@@ -184,7 +186,7 @@ def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 _M = TypeVar("_M", bound=Strict)
@@ -199,21 +201,29 @@ def _validated(model: type[_M], tree: dict[str, Any], where: str) -> _M:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 1e-6 is a float (YAML 1.1 reads it as text)."""
+    """YAML 1.2 numbers: 1e-6 is a float (YAML 1.1 reads it as text). A key that stands twice is refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for twice in {k for k in keys if keys.count(k) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what ``_Loader`` would read as a number."""
+
+
+_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as e:
-        raise InputError(f"{where}: not valid YAML: {e}") from e
+    except Exception as e:  # a malformed date, number or tag raises what its constructor raises; deep nesting recurses
+        raise InputError(f"{where}: not valid YAML: {str(e) or type(e).__name__}") from e
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -229,7 +239,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         if not isinstance(child, dict):
             raise InputError(f"override '{item}': '{name}' is a value, not a section")
         node = child
-    node[leaf] = _parse_yaml(value, f"override '{item}'")
+    node[leaf] = _parse_yaml(value, f"override '{item}' (quote text that starts with a bracket or holds a colon)")
 
 
 def _explain(err: Any, root: type[Strict]) -> str:
@@ -242,9 +252,16 @@ def _explain(err: Any, root: type[Strict]) -> str:
         return f"  {path}: unknown key{hint}"
     if err["type"] == "missing":
         return f"  {path}: required, but not given"
+    if err["type"] == "model_type":
+        return f"  {path}: expected a section of settings, found {_shown(err['input'])}"
     message = err["msg"].removeprefix("Value error, ")
-    found = "" if err["type"] == "value_error" else f" (found {err['input']!r})"
+    found = "" if err["type"] == "value_error" else f" (found {_shown(err['input'])})"
     return f"  {path}: {message}{found}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"
 
 
 def _fields_at(model: Any, path: list[Any]) -> list[str]:

@@ -1,0 +1,255 @@
+"""Configuration: YAML and overrides in, one typed object out, or one message that names every wrong leaf."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from opd_jax.config import Config, Strict, dump_config, load_config, parse_data
+from opd_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = """
+run_dir: runs/x
+steps: 10
+student: {path: s}
+teacher: {path: t}
+data: {source: task:products-5x2}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refused(file: Path, *overrides: str, text: str | None = None) -> str:
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_paper(file: Path) -> None:
+    c = load_config(file)
+    assert (c.rollout.prompts, c.rollout.samples, c.rollout.max_response, c.data.max_prompt) == (64, 4, 7168, 1024)
+    assert (c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.objective.k) == (1.0, 1.0, 0, 16)
+    o = c.optimizer
+    assert (o.lr, o.b1, o.b2, o.eps, o.weight_decay, o.clip) == (1e-6, 0.9, 0.999, 1e-8, 0.01, 1.0)
+    assert (o.schedule, o.warmup, c.objective.temperature) == ("constant", 0, 1.0)
+
+
+def test_overrides_are_yaml_and_create_sections(file: Path) -> None:
+    c = load_config(
+        file,
+        [
+            *("optimizer.lr=1e-5", "optimizer.eps=1.5E-8", "rollout.samples=2", "objective.name=topk"),
+            *("objective.tail=true", "data.problem=null", "evaluation.data.source=a.jsonl", "run_dir=gs://bucket/run"),
+            *("data.template='{problem}=?'", "data.chat_arguments={enable_thinking: false}"),
+        ],
+    )
+    assert c.optimizer.lr == 1e-5
+    assert c.optimizer.eps == 1.5e-8
+    assert (c.rollout.samples, c.objective.name, c.objective.tail, c.data.problem) == (2, "topk", True, None)
+    assert c.evaluation.data
+    assert c.evaluation.data.source == "a.jsonl"
+    assert c.data.chat_arguments == {"enable_thinking": False}
+    assert (c.run_dir, c.data.template) == ("gs://bucket/run", "{problem}=?")
+
+
+def test_later_overrides_win(file: Path) -> None:
+    assert load_config(file, ["steps=3", "steps=4"]).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key"),
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?"),
+        ("rollout.max_respons=1", "rollout.max_respons: unknown key; did you mean 'max_response'?"),
+        ("evaluation.data.sorce=a", "evaluation.data.sorce: unknown key; did you mean 'source'?"),
+        ("teacher.pathh=a", "teacher.pathh: unknown key; did you mean 'path'?"),
+        ("zzz=1", "zzz: unknown key; expected one of"),
+        ("steps=many", "steps: Input should be a valid integer (found 'many')"),
+        ("steps=1.5", "steps: Input should be a valid integer"),
+        ("steps=0", "steps: Input should be greater than or equal to 1 (found 0)"),
+        ("steps=3000000000", "steps: Input should be less than"),
+        ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number (found 'fast')"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.b2=1.0", "optimizer.b2: Input should be less than 1"),
+        ("rollout.top_p=0", "rollout.top_p: Input should be greater than 0"),
+        ("remat='yes'", "remat: Input should be a valid boolean"),
+        ("seed=true", "seed: Input should be a valid integer"),
+        ("dtype=fp16", "dtype: Input should be 'float32' or 'bfloat16' (found 'fp16')"),
+        ("objective.name=topp", "objective.name: Input should be 'sampled', 'full', 'topk' or 'topk_reference'"),
+        ("rollout=3", "rollout: expected a section of settings, found 3"),
+        ("rollout=[1, 2]", "rollout: expected a section of settings, found [1, 2]"),
+        ("student.path=", "student.path: Input should be a valid string (found None)"),
+        ("data.chat_arguments={1: 2}", "data.chat_arguments"),
+        ("data.chat_arguments={when: 2024-01-01}", "data.chat_arguments.when"),
+    ],
+)
+def test_wrong_leaf_is_named(file: Path, override: str, named: str) -> None:
+    message = refused(file, override)
+    assert named in message
+    assert str(file) in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher=null"], "kind=opd needs teacher.path"),
+        (["kind=sft"], "kind=sft needs data.response"),
+        (["rollout.prompts=3", "rollout.samples=1", "micro_batch=2"], "micro_batch=2 does not divide"),
+        (["objective.name=topk", "objective.tail=true", "objective.normalise=false"], "tail=true"),
+        (["objective.name=sampled", "objective.divergence=jsd"], "reverse-KL gradient"),
+    ],
+)
+def test_contradictions(file: Path, overrides: list[str], said: str) -> None:
+    assert said in refused(file, *overrides)
+
+
+@pytest.mark.parametrize("item", ["steps", "=3", "steps.deep=3", "data.source.x=3", "steps=[1"])
+def test_malformed_override_is_quoted(file: Path, item: str) -> None:
+    assert f"override '{item}'" in refused(file, item)
+
+
+def test_all_errors_come_at_once(file: Path) -> None:
+    message = refused(file, text="steps: none\nstudent: {}\nrun_dir: 3\n")
+    assert "4 problem(s)" in message
+    for leaf in ("steps: Input", "student.path: required", "run_dir: Input", "data: required"):
+        assert leaf in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected a mapping"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("steps: 3\nsteps: 4", "'steps' stands twice"),
+        ("data: {source: a, source: b}", "'source' stands twice"),
+        ("2024-99-99: 1", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("a: &a [*a]", "unknown key"),
+        (MINIMAL.replace("5x2", "5x2, chat_arguments: &a {b: *a}"), "data.chat_arguments"),
+        ("[" * 5000, "not valid YAML"),
+    ],
+)
+def test_malformed_files(file: Path, text: str, said: str) -> None:
+    message = refused(file, text=text)
+    assert said in message
+    assert str(file) in message
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("steps: 3 # é".encode("latin-1"))
+    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "latin.yaml", "a\0b"):
+        with pytest.raises(InputError, match="cannot read the configuration"):
+            load_config(path)
+
+
+def test_anchors_and_merges_work(file: Path) -> None:
+    text = MINIMAL.replace("data: {", "data: &data {") + "evaluation: {data: {<<: *data, split: test}}\n"
+    file.write_text(text)
+    c = load_config(file)
+    assert c.evaluation.data
+    assert (c.evaluation.data.source, c.evaluation.data.split) == ("task:products-5x2", "test")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert config.run_dir == f"runs/{path.stem}"
+    assert "Hardware:" in path.read_text().partition("\nkind:")[0]
+
+
+def leaves(model: type[Strict], prefix: str = "") -> list[str]:
+    out = []
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, Strict)), None)
+        out += leaves(section, f"{prefix}{name}.") if section else [prefix + name]
+    return out
+
+
+def test_few_knobs() -> None:
+    names = leaves(Config)
+    assert "optimizer.lr" in names
+    assert "evaluation.data.source" in names
+    assert len(names) <= 100, names
+
+
+def test_frozen(file: Path) -> None:
+    config = load_config(file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0
+
+
+def test_parse_data() -> None:
+    assert parse_data("a.jsonl", ["split=test"]).split == "test"
+    with pytest.raises(InputError, match="did you mean 'template'"):
+        parse_data("a.jsonl", ["templat=boxed"])
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.dates()
+    | st.binary(max_size=4)
+    | st.sampled_from(["full", "topk", "sft", "opd", "a.jsonl", "1e-6", "float32"])
+)
+KEYS = st.sampled_from([n for leaf in leaves(Config) for n in leaf.split(".")]) | st.text(max_size=4) | st.integers()
+TREES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS, x, max_size=6), max_leaves=20)
+
+
+def loads_or_refuses(path: Path, overrides: list[str]) -> None:
+    try:
+        config = load_config(path, overrides)
+    except InputError:
+        return
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="abe:{}[]&*!<>|-'\"#%@\n 01.,?_", max_size=60) | st.text(max_size=40))
+@example(text="!!timestamp x: 1")
+@example(text="._: 1")
+@example(text="? [1]\n: 2")
+@example(text="<<: 3")
+@example(text="a: !!binary ~")
+@example(text="1" * 5000)
+def test_any_text_loads_or_is_refused(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    loads_or_refuses(path, [])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tree=st.dictionaries(st.sampled_from(list(Config.model_fields)), TREES, max_size=5),
+    overrides=st.lists(
+        st.tuples(st.sampled_from([*leaves(Config), "a", "data", ".", "data."]), st.text(max_size=6)), max_size=3
+    ),
+)
+def test_any_tree_loads_or_is_refused(
+    tree: dict[str, Any], overrides: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(MINIMAL) | tree))
+    loads_or_refuses(path, [f"{key}={value}" for key, value in overrides])
