@@ -2,8 +2,8 @@
 
     python benchmarks/first_run.py full=RUN,RUN,RUN top-16=RUN,RUN,RUN --out docs/first-run
 
-Each group is one objective, each RUN one seed. Prints a Markdown table (mean over seeds ± standard error, and the paired
-change from before to after with its 95 % interval, Student's t) and writes OUT.json and OUT.png.
+Each group is one objective, each RUN one seed. Prints a Markdown table (mean over seeds ± standard error, and the
+paired change from before to after with its 95 % interval, Student's t), sample texts, and writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
         result[name]["seconds_per_run"] = [seconds(path) for path in paths]
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(result))
+    print(texts(groups))
     figure(evaluations).savefig(options.out.with_suffix(".png"), dpi=150)
 
 
@@ -80,6 +81,24 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {group} | {axis_label(name, 16)} | {before:.3f} | {after:.3f} ± {error:.3f} "
                 f"| {s['change']:+.3f}{relative} | {low:+.3f} … {high:+.3f} |"
             )
+    return "\n".join(lines)
+
+
+def texts(groups: dict[str, list[str]]) -> str:
+    """What the first seed of each group writes before and after, and the teacher, on the first logged problems."""
+    by_problem: dict[str, dict[str, str]] = {}
+    for group, paths in groups.items():
+        rows = read_rows(existing_run(paths[0]).samples)
+        last = max(row["step"] for row in rows)
+        for row in rows:
+            label = {0: "before", last: f"after, {group}"}.get(row["step"]) if row["who"] == "student" else "teacher"
+            if label:
+                by_problem.setdefault(row["problem"], {}).setdefault(label, row["response"])
+    lines = []
+    for problem, responses in by_problem.items():
+        lines += [f"**{problem}**", ""]
+        lines += [f"- *{label}:* {' '.join(text.split())}" for label, text in responses.items()]
+        lines.append("")
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def test_shown_metrics_can_be_chosen():
     with console.progress(total=2, title="layers", unit="candidate", show=("forward_kl", "dropped")) as bar:
         bar.advance({"forward_kl": 0.1, "dropped": "4,5"})
         bar.advance()
-    assert "layers  2/2  forward kl 0.100  dropped 4,5  took" in file.getvalue()
+    assert "layers  2/2  forward KL 0.100  dropped 4,5  took" in file.getvalue()
 
 
 def test_bars_of_two_threads_share_a_terminal():
