@@ -38,11 +38,16 @@ def main() -> None:
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(result))
     print(texts(groups))
-    figure(evaluations).savefig(options.out.with_suffix(".png"), dpi=150)
+    teacher = next(row for row in all_rows(next(iter(groups.values()))[0]) if row["who"] == "teacher")
+    figure(evaluations, teacher).savefig(options.out.with_suffix(".png"), dpi=150)
+
+
+def all_rows(path: str) -> list[dict[str, Any]]:
+    return read_rows(existing_run(path).evaluations)
 
 
 def student_rows(path: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(existing_run(path).evaluations) if row["who"] == "student"]
+    return [row for row in all_rows(path) if row["who"] == "student"]
 
 
 def seconds(path: str) -> float:
@@ -102,7 +107,7 @@ def texts(groups: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def figure(evaluations: dict[str, list[list[dict[str, Any]]]]) -> Figure:
+def figure(evaluations: dict[str, list[list[dict[str, Any]]]], teacher: dict[str, Any]) -> Figure:
     """Held-out metrics over steps: thin lines are seeds, thick ones their mean."""
     fig = Figure(figsize=(10, 5.2), layout="constrained")
     axes = fig.subplots(2, 3).ravel()
@@ -113,12 +118,15 @@ def figure(evaluations: dict[str, list[list[dict[str, Any]]]]) -> Figure:
             ax.plot(steps, values.T, color=colour, alpha=0.35, linewidth=1)
             ax.plot(steps, values.mean(axis=0), color=colour, linewidth=2.2, marker="o", markersize=4, label=group)
         ax.set_title(axis_label(name, 16), fontsize=10, loc="left")
-        ax.set_ylim(bottom=0)
+        if name in teacher:
+            ax.axhline(teacher[name], color="#555555", linestyle="--", linewidth=1.2, label="teacher")
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[3:]:
         ax.set_xlabel("training step")
     axes[0].legend(frameon=False)
+    axes[-1].legend(frameon=False)
     return fig
 
 
