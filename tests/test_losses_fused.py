@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ from opd_jax.mesh import Layout, make_mesh
 FULL = Objective()
 EQ5 = Objective(name="topk", k=5)
 TAIL = Objective(name="topk", k=5, tail=True, support="union")
+AXES = (("batch", None, None), ("vocab", "embed")) * 2 + (("batch", None),) * 2  # hidden, head, twice; tokens, mask
 # The tests compile many small programs and run each once.
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
 
 
-def problem(vocab=41, batch=8, steps=6, width=8, teacher_width=16, seed=0):
+def problem(vocab=41, batch=8, steps=6, width=8, teacher_width=16, seed=0) -> Any:
     r = np.random.default_rng(seed)
     h, w = r.normal(size=(batch, steps, width)), r.normal(size=(vocab, width)) * 0.7
     g, u = r.normal(size=(batch, steps, teacher_width)), r.normal(size=(vocab, teacher_width)) * 0.5
@@ -34,9 +36,9 @@ def problem(vocab=41, batch=8, steps=6, width=8, teacher_width=16, seed=0):
 
 
 def gradients(objective, **options):
-    def run(h, w, *fixed):
+    def run(h, w, *fixed: Any):
         def loss(h, w):
-            (total, count), metrics = distillation_loss(h, w, *fixed, objective, **options)
+            (total, count), metrics = distillation_loss(h, w, *fixed, objective=objective, **options)
             return total, (count, metrics)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(h, w)
@@ -50,45 +52,43 @@ def close(got, want, tolerance=1e-5):
         assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1e-3)
 
 
-@pytest.mark.parametrize("objective", [FULL, EQ5, TAIL], ids=["full", "eq5", "tail"])
-def test_chunks_and_tiles_do_not_matter(objective):
-    inputs = problem()
-    sizes = [(512, None), (7, 3)]
-    whole, *others = jit(lambda *x: [gradients(objective, chunk=c, tile=t)(*x) for c, t in sizes])(*inputs)
-    for other in others:
-        close(other, whole)
+def test_chunks_and_tiles_do_not_matter():
+    def run(chunk, tile):
+        full = gradients(FULL, chunk=chunk, tile=tile)
+        others = (gradients(o, chunk=chunk, tile=tile, metrics=False) for o in (EQ5, TAIL))
+        return jit(lambda *x: [f(*x) for f in (full, *others)])(*problem())
+
+    close(run(7, 3), run(512, None))
+
+
+@functools.cache
+def on_one_device():
+    return jax.device_get(jit(for_meshes(None))(*problem(vocab=48)))
+
+
+def for_meshes(layout):
+    full = gradients(FULL, layout=layout, tile=2, chunk=4)
+    eq5 = gradients(EQ5, layout=layout, tile=2, metrics=False, topk_ids=jnp.tile(jnp.arange(5), (8, 6, 1)))
+    return lambda *x: (full(*x), eq5(*x))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_meshes_do_not_matter(shape):
-    inputs = problem(vocab=48)
-    ids = jnp.tile(jnp.arange(5), (8, 6, 1))
-
-    def run(layout):
-        def both(*x):
-            full = gradients(FULL, layout=layout, tile=2, chunk=4)(*x)
-            return full, gradients(EQ5, layout=layout, tile=2, topk_ids=ids, metrics=False)(*x)
-
-        return jit(both)
-
     layout = Layout(make_mesh(*shape))
-    axes = [("batch", None, None), ("vocab", "embed"), ("batch", None, None), ("vocab", "embed"), ("batch", None)]
-    sharded = [jax.device_put(x, layout.sharding(a)) for x, a in zip(inputs, [*axes, axes[-1]], strict=True)]
-    got = run(layout)(*sharded)
-    close(jax.device_get(got), jax.device_get(run(None)(*inputs)))
-    assert got[0][1][0].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(axes[0])), 3)
-    assert got[0][1][1].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(axes[1])), 2)
+    sharded = [jax.device_put(x, layout.sharding(a)) for x, a in zip(problem(vocab=48), AXES, strict=True)]
+    got = jit(for_meshes(layout))(*sharded)
+    close(jax.device_get(got), on_one_device())
+    assert got[0][1][0].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(AXES[0])), 3)
+    assert got[0][1][1].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(AXES[1])), 2)
 
 
 def test_no_collective_inside_the_scan():
     layout = Layout(make_mesh(4, 2, 1))
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(vocab=48)]
-    axes = [("batch", None, None), ("vocab", "embed"), ("batch", None, None), ("vocab", "embed"), ("batch", None)]
     shapes = [
-        jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout.sharding(a))
-        for s, a in zip(shapes, [*axes, axes[-1]], strict=True)
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(a))
+        for x, a in zip(problem(vocab=48), AXES, strict=True)
     ]
-    text = jit(gradients(FULL, layout=layout, tile=1, chunk=2)).lower(*shapes).compile().as_text()
+    text = str(jit(gradients(FULL, layout=layout, tile=1, chunk=2)).lower(*shapes).compile().as_text())
     entry = text[text.index("\nENTRY") :]
     collective = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
     assert collective.search(entry), "the head gradient must be reduced somewhere"
@@ -96,28 +96,25 @@ def test_no_collective_inside_the_scan():
 
 
 def test_micro_batches_add_up():
-    inputs = problem()
-    run = jit(gradients(FULL))
-    (whole, (count, metrics)), (dh, dw) = run(*inputs)
-    for size in (1, 2):
-        parts = [run(inputs[0][i : i + size], inputs[1], inputs[2][i : i + size], inputs[3],
-                     *(x[i : i + size] for x in inputs[4:])) for i in range(0, 8, size)]  # fmt: skip
-        sums = jax.tree.map(lambda *x: sum(x), *[(p[0], p[1][1]) for p in parts])
-        close(sums, ((whole, (count, metrics)), dw), 1e-6)
-        close(np.concatenate([p[1][0] for p in parts]), dh, 1e-6)
+    h, w, g, u, y, mask = problem()
+    run = jit(gradients(FULL, metrics=False))
+    (whole, (count, _)), (dh, dw) = run(h, w, g, u, y, mask)
+    for n in (1, 4):
+        parts = [run(h[i : i + n], w, g[i : i + n], u, y[i : i + n], mask[i : i + n]) for i in range(0, 8, n)]
+        close([sum(p[0][0] for p in parts), sum(p[0][1][0] for p in parts)], [whole, count], 1e-6)
+        close([np.concatenate([p[1][0] for p in parts]), sum(p[1][1] for p in parts)], [dh, dw], 1e-6)
 
 
 def test_nothing_under_the_mask_matters():
     h, w, g, u, y, mask = problem()
     ids = jnp.tile(jnp.arange(5), (8, 6, 1))
-    for objective, options in ((FULL, {}), (Objective(name="sampled"), {}), (TAIL, {}), (EQ5, {"metrics": False})):
-        run = jit(lambda ids, *x, o=objective, opts=options: gradients(o, topk_ids=ids, **opts)(*x))
-        clean = run(ids, h, w, g, u, y, mask)
-        keep = mask[..., None]
-        bad = (jnp.where(keep, h, jnp.nan), w, jnp.where(keep, g, jnp.inf), u, jnp.where(mask, y, -7), mask)
-        dirty = run(jnp.where(keep, ids, 10**6), *bad)
-        jax.tree.map(np.testing.assert_array_equal, dirty, clean)
-        assert not np.any(np.where(keep, 0, dirty[1][0]))
+    keep = mask[..., None]
+    bad = (jnp.where(keep, h, jnp.nan), w, jnp.where(keep, g, jnp.inf), u, jnp.where(mask, y, -7), mask)
+    cases = [(FULL, True), (Objective(name="sampled"), False), (EQ5, False), (TAIL, False)]
+    run = jit(lambda ids, *x: [gradients(o, topk_ids=ids, metrics=m)(*x) for o, m in cases])
+    clean, dirty = run(ids, h, w, g, u, y, mask), run(jnp.where(keep, ids, 10**6), *bad)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    assert not any(np.any(np.where(keep, 0, dh)) for _, (dh, _) in dirty)
 
 
 def test_each_state_is_scored_on_its_own_token():
@@ -137,14 +134,16 @@ def test_padding_ids_carry_no_probability():
     w_wide = jnp.concatenate([w, 50 * r.normal(size=(7, 8)).astype("f4")])
     u_wide = jnp.concatenate([u, 50 * r.normal(size=(23, 16)).astype("f4")])
     objectives = (FULL, Objective(name="topk", k=50), TAIL)
-    exact = jit(lambda *x: [gradients(o)(*x) for o in objectives])(h, w, g, u, y, mask)
-    padded = jit(lambda *x: [gradients(o, vocab_size=41)(*x) for o in objectives])(h, w_wide, g, u_wide, y, mask)
-    for objective, (want, (dh, dw)), (got, (wide_dh, wide_dw)) in zip(objectives, exact, padded, strict=True):
+    exact = jit(lambda *x: [gradients(o, metrics=o is FULL)(*x) for o in objectives])(h, w, g, u, y, mask)
+    padded = jit(lambda *x: [gradients(o, vocab_size=41, metrics=o is FULL)(*x) for o in objectives])(
+        h, w_wide, g, u_wide, y, mask
+    )
+    for (want, (dh, dw)), (got, (wide_dh, wide_dw)) in zip(exact, padded, strict=True):
         close((got, wide_dh, wide_dw[:41]), (want, dh, dw))
         assert wide_dw.shape == (48, 8)
         assert not np.any(wide_dw[41:])
-        reference = reference_loss(h, w_wide, g, u_wide, y, mask, objective, vocab_size=41)
-        np.testing.assert_allclose(reference[0], want[0], rtol=1e-5)
+    reference = jit(lambda *x: reference_loss(*x, objective=TAIL, vocab_size=41))(h, w_wide, g, u_wide, y, mask)
+    np.testing.assert_allclose(reference[0], exact[-1][0][0], rtol=1e-5)
 
 
 def test_equal_models_of_different_padded_width_are_at_rest():
@@ -163,7 +162,7 @@ def test_near_zero_kl_of_bfloat16_states():
     w = jnp.asarray(4 * r.normal(size=(500, 32)) / np.sqrt(32), jnp.bfloat16)
     u = (w.astype("f4") + 0.016 * r.normal(size=w.shape)).astype(jnp.bfloat16)
     y, mask = jnp.zeros((2, 16), int), jnp.ones((2, 16), bool)
-    (loss, count), metrics = jit(lambda *x: distillation_loss(*x, FULL))(h, w.astype("f4"), h, u, y, mask)
+    (loss, count), metrics = jit(lambda *x: distillation_loss(*x, objective=FULL))(h, w.astype("f4"), h, u, y, mask)
     s, t = (np.asarray(h, float) @ np.asarray(x, float).T for x in (w, u))
     logp, logq = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (s, t))
     exact = (np.exp(logp) * (logp - logq)).sum(-1).mean()
@@ -192,12 +191,15 @@ def test_teacher_gets_no_gradient():
 
 
 def test_logits_are_formed_once_and_never_all():
+    def evaluate(*x: Any):
+        return distillation_loss(*x, objective=FULL)
+
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem(vocab=4099, batch=4, steps=512)]
     products = [str(jax.make_jaxpr(f)(*shapes)).count("dot_general")
-                for f in (gradients(FULL), lambda *x: distillation_loss(*x, FULL))]  # fmt: skip
+                for f in (gradients(FULL), evaluate)]  # fmt: skip
     assert products == [4, 2]
-    temporary = jax.jit(gradients(FULL, chunk=128)).lower(*shapes).compile().memory_analysis()
-    assert temporary.temp_size_in_bytes < 4 * 512 * 4099 * 4 / 4
+    memory: Any = jax.jit(gradients(FULL, chunk=128)).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 512 * 4099 * 4 / 4
 
 
 def test_given_ids_spare_the_vocabulary_products():
@@ -225,5 +227,4 @@ def test_bad_input_is_named():
     with pytest.raises(InputError, match="mask has shape"):
         distillation_loss(h, w, g, u, y, mask[:, 1:], FULL)
     with pytest.raises(InputError, match="axis 'batch' has size 6"):
-        distillation_loss(*(x[:6] if i not in (1, 3) else x for i, x in enumerate((h, w, g, u, y, mask))), FULL,
-                          layout=Layout(make_mesh(8, 1, 1)))  # fmt: skip
+        distillation_loss(h[:6], w, g[:6], u, y[:6], mask[:6], FULL, layout=Layout(make_mesh(8, 1, 1)))
