@@ -1,5 +1,7 @@
 # Two commands on a fresh machine with Python 3.11 or later: `make demo` and `make test`. Each sets up .venv by itself.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs and is new enough: a name on PATH may be a pyenv shim without a version behind it.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test lint types oracle clean
@@ -22,7 +24,7 @@ types: .venv/installed-dev
 	$(BIN)/pyright
 
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"'
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable .
 	@touch $@
