@@ -115,14 +115,12 @@ def _decode(
     first_column: int,
 ) -> _State:
     column, out = state.column, state.out
-    logits = unembed(state.hidden, head(weights))
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-    ids, logp = draw(law_logits(logits, law.temperature, law.top_p, law.top_k, truncated), uniforms(keys, column))
-
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    weight = jnp.exp(logits - lse[:, None])
-    entropy = lse - jnp.sum(jnp.where(weight > 0, weight * logits, 0.0), axis=-1)
-    top_logits, top_ids = jax.lax.top_k(logits, out.topk_ids.shape[-1])
+    choose = functools.partial(_choose, vocab_size=vocab_size, support=out.topk_ids.shape[-1], truncated=truncated)
+    if layout:
+        # each device its own rows: left to itself, the partitioner gathers all logits on all devices for the top-k
+        rows, whole = layout.spec(("batch",)), layout.spec(())
+        choose = jax.shard_map(choose, mesh=layout.mesh, in_specs=(rows, rows, whole, whole), out_specs=rows)
+    ids, logp, entropy, top_ids, top_logp = choose(unembed(state.hidden, head(weights)), keys, column, law)
 
     live = ~state.done
     is_stop = jnp.isin(ids, jnp.asarray(stop_ids, jnp.int32))
@@ -137,10 +135,23 @@ def _decode(
         logp=put(out.logp, logp),
         entropy=put(out.entropy, entropy),
         topk_ids=put(out.topk_ids, top_ids),
-        topk_logp=put(out.topk_logp, top_logits - lse[:, None]),
+        topk_logp=put(out.topk_logp, top_logp),
         lengths=out.lengths + live,
         stopped=out.stopped | (live & is_stop),
     )
     positions = out.prompts.lengths + column
     hidden, cache = decode_step(weights, config, ids, positions, first_column + column, state.cache, layout)
     return _State(column + 1, hidden, state.done | is_stop, cache, out)
+
+
+def _choose(
+    logits: Array, keys: Array, column: Array, law: Law, *, vocab_size: int, support: int, truncated: bool
+) -> tuple[Array, ...]:
+    """Sampled ids and their log-probabilities; entropy, top-k ids and log-probabilities of the untempered softmax."""
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    ids, logp = draw(law_logits(logits, law.temperature, law.top_p, law.top_k, truncated), uniforms(keys, column))
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weight = jnp.exp(logits - lse[:, None])
+    entropy = lse - jnp.sum(jnp.where(weight > 0, weight * logits, 0.0), axis=-1)
+    top_logits, top_ids = jax.lax.top_k(logits, support)
+    return ids, logp, entropy, top_ids, top_logits - lse[:, None]

@@ -1,0 +1,224 @@
+"""Rollouts against teacher forcing, a greedy loop without cache, and themselves in other batches and on meshes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sampling_law import brute_force
+
+from opd_jax.mesh import ROLLOUT, Layout, make_mesh
+from opd_jax.models.decoder import DecoderConfig, forward, head, init_params, parameter_shardings, unembed
+from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.states import response_mask, response_states
+from opd_jax.types import Params, Prompts, Rollouts
+
+VOCAB, PADDED = 60, 64  # the head has four ids that no tokenizer knows
+PROMPT, RESPONSE, ROWS = 9, 14, 8
+STOPS, TOP = (3, 17), 5
+PLAIN, CUT = Law(1.0, 1.0, 0), Law(0.8, 0.9, 12)
+
+
+@functools.cache
+def model(window: int | None = None) -> tuple[Params, DecoderConfig]:
+    """Weights large enough that context matters; one of two unknown ids always has the largest logit."""
+    config = DecoderConfig(
+        "llama", PADDED, width=32, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=8, norm_eps=1e-6,
+        rope_theta=1e4, max_positions=64, windows=None if window is None else (None, window),
+    )  # fmt: skip
+    params = jax.tree.map(lambda w: 2 * w, init_params(config, jax.random.key(1)))
+    params["head"] = 5 * params["head"]
+    params["head"] = params["head"].at[VOCAB].mul(40).at[VOCAB + 1].set(-40 * params["head"][VOCAB])
+    return params, config
+
+
+def prompt_rows(width: int = PROMPT, rows: Any = range(ROWS)) -> Prompts:
+    """Ragged prompts with id 0, which also fills the padding, among their tokens; two samples of each."""
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(1, PROMPT + 1, ROWS)
+    texts = [rng.integers(0, VOCAB, n) * (rng.random(n) > 0.3) for n in lengths]
+    tokens = np.zeros((ROWS, width), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[width - len(text) :] = text
+    rows = np.asarray(rows)
+    ids, samples = rows // 2 + 10, rows % 2
+    arrays = (tokens[rows], lengths[rows].astype(np.int32), ids.astype(np.uint32), samples.astype(np.uint32))
+    return Prompts(*map(jnp.asarray, arrays))
+
+
+@functools.cache
+def rollout_of(window: int | None = None, truncated: bool = True, layout: Layout | None = None) -> Any:
+    return make_rollout(
+        model(window)[1],
+        max_response=RESPONSE,
+        stop_ids=STOPS,
+        vocab_size=VOCAB,
+        support=TOP,
+        truncated=truncated,
+        layout=layout,
+    )
+
+
+def sample(law: Law = PLAIN, window: int | None = None, truncated: bool = True, step: int = 7) -> Rollouts:
+    return jax.device_get(rollout_of(window, truncated)(model(window)[0], prompt_rows(), law, 0, step))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def teacher_forced(params: Params, config: DecoderConfig, rollouts: Rollouts) -> Any:
+    logits = unembed(response_states(params, config, rollouts), head(params))
+    return jnp.where(jnp.arange(PADDED) < VOCAB, logits, -jnp.inf)
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z.astype(np.float64)
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("law", [PLAIN, CUT], ids=["plain", "cut"])
+def test_what_is_returned_equals_a_teacher_forced_rescoring(window: int | None, law: Law) -> None:
+    out = sample(law, window, truncated=law is CUT)
+    logits = np.asarray(teacher_forced(*model(window), out))
+    mask = np.asarray(response_mask(out))
+    logp = log_softmax(logits)
+    at = np.array([brute_force(row, float(law[0]), float(law[1]), int(law[2])) for row in logits[mask]])
+    np.testing.assert_allclose(out.logp[mask], np.log(at[np.arange(len(at)), out.tokens[mask]]), rtol=0, atol=1e-4)
+    p = np.exp(logp[mask])
+    entropy = -(p * np.where(p > 0, logp[mask], 0)).sum(-1)
+    np.testing.assert_allclose(out.entropy[mask], entropy, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(out.topk_ids[mask], np.argsort(-logits[mask], axis=-1, kind="stable")[:, :TOP])
+    best = np.take_along_axis(logp, np.asarray(out.topk_ids), axis=-1)
+    np.testing.assert_allclose(out.topk_logp[mask], best[mask], rtol=0, atol=1e-4)
+
+
+def test_greedy_equals_the_loop_without_cache() -> None:
+    """Left-aligned, one whole forward per token, NumPy argmax."""
+    params, config = model(4)
+    out, prompts = sample(Law(0.0), 4), prompt_rows()
+    next_logits = jax.jit(lambda *a: unembed(forward(params, config, *a), head(params)))
+    columns = np.broadcast_to(np.arange(PROMPT + RESPONSE, dtype=np.int32), (ROWS, PROMPT + RESPONSE))
+    tokens, ends = np.zeros_like(columns), np.array(prompts.lengths)
+    for row, text, n in zip(tokens, np.asarray(prompts.tokens), ends, strict=True):
+        row[:n] = text[PROMPT - n :]
+    for t in range(RESPONSE):
+        logits = np.asarray(next_logits(tokens, columns, (columns < ends[:, None]).astype(np.int32)))
+        chosen = logits[np.arange(ROWS), ends - 1, :VOCAB].argmax(-1)
+        live = out.lengths > t
+        np.testing.assert_array_equal(out.tokens[live, t], chosen[live])
+        tokens[np.arange(ROWS), ends] = chosen
+        ends += 1
+    assert (np.asarray(out.logp) == 0).all()  # the law has all mass on one id
+
+
+def test_rows_end_with_a_stop_id_and_are_empty_after_it() -> None:
+    endings = set()
+    for step in range(6):
+        out = sample(step=step)
+        for row, n, stopped in zip(out.tokens, out.lengths, out.stopped, strict=True):
+            hits = np.flatnonzero(np.isin(row[:n], STOPS))
+            assert stopped == (hits.size > 0)
+            assert hits.tolist() == ([n - 1] if stopped else [])
+            assert n == RESPONSE or stopped
+            endings |= {int(row[n - 1])} if stopped else {"limit"}
+        for name in ("tokens", "logp", "entropy", "topk_ids", "topk_logp"):
+            assert not np.asarray(getattr(out, name))[~np.asarray(response_mask(out))].any()
+        assert (out.logp[np.asarray(response_mask(out))] < 0).all()
+    assert endings == {*STOPS, "limit"}
+
+
+def test_ids_past_the_tokenizer_never_appear() -> None:
+    params, config = model()
+    out = sample()
+    logits = unembed(response_states(params, config, out), head(params))
+    assert (np.argmax(logits, axis=-1)[np.asarray(response_mask(out))] >= VOCAB).mean() > 0.9
+    assert out.tokens.max() < VOCAB
+    assert out.topk_ids.max() < VOCAB
+
+
+def test_the_id_that_fills_the_padding_can_be_sampled() -> None:
+    """Nothing is inferred from a token's id: after an id 0 the row goes on, with what follows attending to it."""
+    params, config = model()
+    likely = params | {"head": params["head"].at[0].set(params["head"][:VOCAB].sum(0) / 4)}
+    out = jax.device_get(rollout_of()(likely, prompt_rows(), PLAIN, 0, 7))
+    inside = (out.tokens == 0) & (np.arange(RESPONSE) < out.lengths[:, None] - 1)
+    assert inside.sum() > 5
+    logp = log_softmax(np.asarray(teacher_forced(likely, config, out)))
+    mask = np.asarray(response_mask(out))
+    scored = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.logp[mask], scored[mask], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_response_does_not_depend_on_its_batch(window: int | None) -> None:
+    """Alone, in a batch of three in another order, and with more padding on the left: the same tokens."""
+    params, _ = model(window)
+    whole, rollout = sample(window=window), rollout_of(window)
+    for width, rows in ((PROMPT, [5]), (PROMPT, [6, 0, 5]), (PROMPT + 6, [5, 6, 0])):
+        out = jax.device_get(rollout(params, prompt_rows(width, rows), PLAIN, 0, 7))
+        np.testing.assert_array_equal(out.tokens, whole.tokens[rows])
+        np.testing.assert_array_equal(out.lengths, whole.lengths[rows])
+        np.testing.assert_allclose(out.logp, whole.logp[rows], rtol=0, atol=1e-4)
+
+
+def test_samples_steps_and_seeds_differ() -> None:
+    out = sample()
+    assert not np.array_equal(out.tokens[0], out.tokens[1])  # two samples of one prompt position by position
+    assert not np.array_equal(out.tokens, sample(step=8).tokens)
+    other_seed = jax.device_get(rollout_of()(model()[0], prompt_rows(), PLAIN, 1, 7))
+    assert not np.array_equal(out.tokens, other_seed.tokens)
+    np.testing.assert_array_equal(out.tokens, sample().tokens)
+
+
+def test_another_law_seed_or_step_compiles_nothing() -> None:
+    rollout = rollout_of()
+    params, prompts = model()[0], prompt_rows()
+    rollout(params, prompts, PLAIN, 0, 0)
+    before = rollout._cache_size()
+    for law, seed, step in ((CUT, 0, 1), (Law(0.0), 2**31 - 1, 2), (Law(0.3, 0.5), 3, 2**31 - 1)):
+        rollout(params, prompts, law, seed, step)
+    assert rollout._cache_size() == before
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_the_same_tokens_on_a_mesh(sizes: tuple[int, int, int]) -> None:
+    """Weights arrive sharded as in training; the decode loop moves nothing as large as a weight between devices."""
+    params, config = model(4)
+    mesh = make_mesh(*sizes)
+    train, layout = Layout(mesh), Layout(mesh, ROLLOUT)
+    params = jax.device_put(params, parameter_shardings(config, train))
+    prompts = jax.device_put(prompt_rows(), train.sharding(("batch",)))
+    rollout, want = rollout_of(4, layout=layout), sample(window=4)
+    out = jax.device_get(rollout(params, prompts, PLAIN, 0, 7))
+    np.testing.assert_array_equal(out.tokens, want.tokens)
+    np.testing.assert_array_equal(out.topk_ids, want.topk_ids)
+    np.testing.assert_allclose(out.logp, want.logp, rtol=0, atol=1e-4)
+    program = rollout.lower(params, prompts, PLAIN, 0, 7).compile().as_text()
+    smallest_weight = config.width * config.kv_heads * config.head_dim // mesh.shape["tensor"]
+    assert max(collective_sizes_in_loops(program), default=0) < smallest_weight
+
+
+def collective_sizes_in_loops(program: str) -> list[int]:
+    """Elements of the results of all collectives in the bodies of while loops and what these call."""
+    bodies, name = {}, ""
+    for line in program.splitlines():
+        start = re.match(r"(?:ENTRY )?%([\w.-]+) .*\{$", line)
+        name = start[1] if start else name
+        bodies.setdefault(name, []).append(line)
+    todo = re.findall(r"(?:body|condition)=%([\w.-]+)", program)
+    assert todo
+    sizes, seen = [], set()
+    while todo:
+        name = todo.pop()
+        for line in bodies.get(name, []) if name not in seen else []:
+            todo += re.findall(r"(?:calls|to_apply|body|condition)=%([\w.-]+)", line)
+            result = re.search(r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)", line)
+            for shape in re.findall(r"\[([\d,]*)\]", result[1]) if result else []:
+                sizes.append(int(np.prod([int(n) for n in shape.split(",") if n])))
+        seen.add(name)
+    return sizes
