@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from opd_jax.mesh import Layout
+from opd_jax.models.attention import wide
 from opd_jax.models.cache import Cache
 from opd_jax.models.decoder import DecoderConfig, decode_layout, decode_step, head, prefill, unembed
 from opd_jax.sampling.law import draw, law_logits, row_keys, uniforms
@@ -73,7 +74,7 @@ def make_rollout(
             hidden,
             jnp.zeros(B, bool),
             cache,
-            _empty(prompts, max_response, support, unembed_dtype(dtype)),
+            _empty(prompts, max_response, support, wide(dtype)),
         )
         keys = row_keys(seed, step, prompts)
         step_fn = functools.partial(body, weights=weights, keys=keys, law=law, first_column=P)
@@ -81,10 +82,6 @@ def make_rollout(
         return state.out
 
     return rollout
-
-
-def unembed_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _empty(prompts: Prompts, R: int, k: int, dtype: Any) -> Rollouts:
