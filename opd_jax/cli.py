@@ -8,31 +8,54 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from opd_jax import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="On-policy distillation of language models in JAX.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 interrupted and resumable.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the file")]
+MAX_SEED = 2**30
+CTRL_C = 130  # what typer makes of KeyboardInterrupt
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings that override the file, as optimizer.lr=1e-5 rollout.samples=2")
+]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the result here, for machines")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"opd-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="and nothing else")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="directory to make; default: runs/demo, runs/demo-2, …")] = None,
-    seed: Annotated[int, typer.Option(help="another seed gives other models and problems")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="another seed gives other models and problems")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="go on where the last demo (or --out) stopped")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Makes a small teacher and student, distils one into the other and writes a report; minutes on a CPU."""
     from opd_jax.demo import default_directory, run_demo
 
+    _check_writable("--json", json_path)
     _write_json(json_path, run_demo(out or default_directory(resume), seed, resume, _stop_on_signals()))
 
 
@@ -43,11 +66,16 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="continue from the last whole checkpoint")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Trains a student (objective: on-policy distillation or supervised fine-tuning)."""
-    from opd_jax.config import load_config
-    from opd_jax.training.loop import train as run
+    """Trains a student: on-policy distillation (kind: opd) or supervised fine-tuning (kind: sft).
 
+    Ctrl-C or SIGTERM saves, stops, and exits with code 3; --resume then continues with the same numbers.
+    """
+    from opd_jax.config import load_config
+
+    _check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
+    from opd_jax.training.loop import train as run  # seconds, which a mistake in the configuration need not wait
+
     rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=_stop_on_signals())
     _write_json(json_path, {"run_dir": settings.run_dir, "evaluations": rows})
 
@@ -56,15 +84,19 @@ def train(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory")],
     source: Annotated[str, typer.Argument(help="problems with answers: JSONL, Parquet, task:NAME or a dataset id")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="data.* settings, as data.template=boxed")] = None,
-    samples: Annotated[int, typer.Option("-k", help="responses per problem")] = 16,
-    problems: Annotated[int | None, typer.Option(help="the first n problems only")] = None,
-    max_response: Annotated[int, typer.Option(help="tokens")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.7,
-    top_p: Annotated[float, typer.Option()] = 0.95,
-    batch: Annotated[int, typer.Option(help="rows decoded together")] = 64,
-    seed: Annotated[int, typer.Option()] = 0,
-    last_number: Annotated[bool, typer.Option(help="without \\boxed{} or Answer:, read the last number")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data settings, as data.template=boxed data.split=test")
+    ] = None,
+    samples: Annotated[int, typer.Option("-k", min=1, help="responses per problem")] = 16,
+    problems: Annotated[int | None, typer.Option(min=1, help="the first n problems only")] = None,
+    max_response: Annotated[int, typer.Option(min=1, help="tokens; longer responses are cut")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="nucleus sampling; 1: off")] = 0.95,
+    batch: Annotated[int, typer.Option(min=1, help="rows decoded together")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of the random numbers")] = 0,
+    last_number: Annotated[
+        bool, typer.Option("--last-number", help="without \\boxed{} or Answer:, read the last number")
+    ] = False,
     responses: Annotated[Path | None, typer.Option(help="write every graded response here (JSONL)")] = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -72,6 +104,8 @@ def evaluate(
     from opd_jax.config import parse_data
     from opd_jax.evaluation.avg_at_k import evaluate_model
 
+    _check_writable("--json", json_path)
+    _check_writable("--responses", responses)
     result, rows = evaluate_model(
         model,
         parse_data(source, overrides or []),
@@ -103,7 +137,13 @@ def import_(
     """Writes a model as a Hugging Face directory (safetensors), with layers removed if asked."""
     from opd_jax.analysis.prune import layers_to_drop
     from opd_jax.checkpoints.importing import import_model
+    from opd_jax.errors import InputError
+    from opd_jax.models.hf import check_target
 
+    _check_writable("--json", json_path)
+    check_target(out)
+    if prompts is not None and not (drop_layers or "").startswith("auto:"):
+        raise InputError(f"--prompts {prompts}: only --drop-layers auto:N scores layers on prompts; leave it out")
     dropped = layers_to_drop(source, drop_layers, prompts)
     import_model(source, out, dropped, sha256)
     _write_json(json_path, {"model": str(out), "source": source, "dropped_layers": dropped})
@@ -113,7 +153,7 @@ def import_(
 def export(
     run: Annotated[Path, typer.Argument(help="run directory")],
     out: Annotated[Path, typer.Argument(help="Hugging Face directory to write")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the weights as stored")] = "float32",
 ) -> None:
     """Writes the student of a run's last checkpoint as a Hugging Face directory."""
     from opd_jax.checkpoints.export import export_run
@@ -133,6 +173,7 @@ def report(
     from opd_jax.tracking.report import write_report
     from opd_jax.tracking.run_dir import existing_run
 
+    _check_writable("--out", out)
     found = [existing_run(run) for run in runs]
     target = out or Path(found[0].report)
     write_report(found, target)
@@ -141,19 +182,20 @@ def report(
 
 def main() -> None:
     """Entry point: runs the command and turns a user's mistake into one message and exit code 2."""
+    from typer._click.exceptions import ClickException
+
     from opd_jax.errors import InputError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _use_compilation_cache()
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == CTRL_C:
+            _fail("interrupted", 3)
     except InputError as e:
         _fail(str(e), 2)
-    except typer._click.exceptions.ClickException as e:
+    except ClickException as e:
         e.show()
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", 3)
     except Exception as e:
         if type(e).__name__ == "Interrupted":
             _fail(str(e), 3)
@@ -167,13 +209,20 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _use_compilation_cache() -> None:
-    import jax
+def _check_writable(option: str, path: Path | None) -> None:
+    """Hours of work must not be lost to a result that cannot be written."""
+    from opd_jax.errors import InputError
 
+    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise InputError(f"{option} {path}: cannot be written. Give a file in an existing directory.")
+
+
+def _use_compilation_cache() -> None:
+    # by environment, so that `opd --help` need not import JAX
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd-jax" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _stop_on_signals() -> threading.Event:

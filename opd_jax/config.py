@@ -168,14 +168,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_data(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Data:
-    """A data section from the command line: the source and ``key=value`` settings of it.
+    """A data section from the command line: the source and ``data.key=value`` settings (``data.`` may be left out).
 
     Raises:
         InputError: unknown key or wrong type.
     """
     tree: dict[str, Any] = {"source": source}
     for item in overrides:
-        _override(tree, item)
+        _override(tree, item.removeprefix("data."))
     return _validated(Data, tree, "data")
 
 

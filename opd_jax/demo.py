@@ -36,6 +36,8 @@ def run_demo(out: Path, seed: int = 0, resume: bool = False, stop: threading.Eve
         InputError: ``out`` holds an earlier demo and ``resume`` is not set, or the other way round.
         Interrupted: ``stop`` was set; continue with ``resume``.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: not a directory. Give another --out.")
     if out.exists() and any(out.iterdir()) and not resume:
         raise InputError(f"{out}: not empty. Go on with --resume, give another --out, or remove it.")
     if resume and not out.exists():

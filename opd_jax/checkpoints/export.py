@@ -23,10 +23,15 @@ def export_run(run_dir: epath.PathLike, out: str | Path, dtype: str = "float32")
     """
     run = existing_run(run_dir)
     check_target(Path(out))
-    student = yaml.safe_load(run.config.read_text())["student"]["path"]
+    try:
+        student = yaml.safe_load(run.config.read_text())["student"]["path"]
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        raise InputError(f"{run.config}: names no student.path; it is not the configuration of a run") from e
     config = load_config(student)
-    with ocp.CheckpointManager(run.checkpoints.absolute()) as manager:
-        step = manager.latest_step()
+    # create=False: reading leaves the run as it is
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(run.checkpoints.absolute(), options=options) as manager:
+        step = manager.latest_step() if run.checkpoints.exists() else None
         if step is None:
             raise InputError(f"{run.root}: no checkpoint yet; let the run reach its first one (checkpoint.every)")
         restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))

@@ -85,6 +85,15 @@ def valid_vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def check_vocabulary(path: str | Path, outputs: int, tokens: int) -> None:
+    """Raises InputError where a model has fewer output ids than its tokenizer has tokens."""
+    if outputs < tokens:
+        raise InputError(
+            f"{path}: the model has {outputs} output ids, its tokenizer {tokens}. "
+            "The tokenizer belongs to another model; give the directory the model's own."
+        )
+
+
 def _end_ids(file: Path) -> set[int]:
     try:
         value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from opd_jax.config import Data
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
-from opd_jax.data.tokenizers import load_tokenizer, stop_ids, valid_vocab_size
+from opd_jax.data.tokenizers import check_vocabulary, load_tokenizer, stop_ids, valid_vocab_size
 from opd_jax.evaluation import heldout
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k, pass_at_k
@@ -42,10 +42,12 @@ def evaluate_model(
         InputError: the model, its tokenizer or the problems cannot be read, or problems lack answers.
     """
     tokenizer = load_tokenizer(model)
+    vocab_size = valid_vocab_size(tokenizer)
     records = load_records(data, seed, require_answer=True)[:problems]
     encoded, records, dropped = encode_prompts(records, tokenizer, data)
     layout = Layout(make_mesh())
     params, config = load_model(model, layout)
+    check_vocabulary(model, config.vocab_size, vocab_size)
     width = max(map(len, encoded))
     prompts = stack_prompts(encoded, range(len(encoded)), width, samples)
     ways = layout.mesh.size
@@ -55,7 +57,7 @@ def evaluate_model(
         config,
         max_response=max_response,
         stop_ids=stop_ids(model, tokenizer),
-        vocab_size=valid_vocab_size(tokenizer),
+        vocab_size=vocab_size,
         support=1,
         truncated=top_p < 1,
         dtype=jnp.bfloat16,

@@ -49,9 +49,8 @@ class Panel:
 
 
 def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str | None], batch: int) -> Panel:
-    """Cuts stacked prompts (equally many consecutive rows for each problem) into batches of at most ``batch`` rows."""
+    """Cuts stacked prompts (equally many consecutive rows for each problem) into batches of ``batch`` rows."""
     rows = len(prompts.lengths)
-    batch = min(batch, rows)
     starts = range(0, rows, batch)
     batches = tuple(jax.tree.map(lambda x, s=s: x[np.arange(s, s + batch) % rows], prompts) for s in starts)
     return Panel(batches, rows, rows // len(problems), tuple(problems), tuple(answers))

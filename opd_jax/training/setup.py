@@ -14,8 +14,13 @@ from jax import Array
 from opd_jax.config import Config, Data
 from opd_jax.data.pipeline import encode_examples, encode_prompts, prompt_batches, sft_batches
 from opd_jax.data.sources import Record, load_records
-from opd_jax.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids, valid_vocab_size
-from opd_jax.errors import InputError
+from opd_jax.data.tokenizers import (
+    check_same_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    stop_ids,
+    valid_vocab_size,
+)
 from opd_jax.mesh import ROLLOUT, Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.models.hf import load_config as load_decoder_config
@@ -85,7 +90,7 @@ def prepare(config: Config) -> Setup:
     records, dropped, batches = _data(config, tokenizer)
 
     params, student = load_model(config.student.path, layout)
-    _check_vocabulary(config.student.path, student, vocab_size)
+    check_vocabulary(config.student.path, student.vocab_size, vocab_size)
     dtype = jnp.dtype(config.dtype)
     teacher = None
     if config.teacher:
@@ -138,15 +143,7 @@ def _opd_loss(params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher
 def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
     assert config.teacher
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    _check_vocabulary(config.teacher.path, load_decoder_config(config.teacher.path), vocab_size)
-
-
-def _check_vocabulary(path: str, network: DecoderConfig, vocab_size: int) -> None:
-    if network.vocab_size < vocab_size:
-        raise InputError(
-            f"{path}: the model has {network.vocab_size} output ids, its tokenizer {vocab_size}. "
-            "The tokenizer belongs to another model; give the directory the model's own."
-        )
+    check_vocabulary(config.teacher.path, load_decoder_config(config.teacher.path).vocab_size, vocab_size)
 
 
 def _data(config: Config, tokenizer: Any) -> tuple[list[Record], int, Any]:
