@@ -201,7 +201,7 @@ def test_adamw_equals_the_closed_form() -> None:
 )
 def test_schedules(settings: dict[str, Any], want: list[float]) -> None:
     schedule = make_schedule(Optimizer(lr=2e-3, **settings), 6)
-    np.testing.assert_allclose([float(schedule(i)) for i in range(6)], np.multiply(want, 2e-3), rtol=1e-6)
+    np.testing.assert_allclose(np.array([schedule(i) for i in range(6)]), np.multiply(want, 2e-3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["opd", "sft"])

@@ -10,7 +10,7 @@ from opd_jax.types import Params
 
 
 def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up from lr / warmup, then constant, or cosine or linear decay that would reach 0 after the last step."""
+    """Linear warm-up from lr / warmup, then constant, or cosine or linear decay, 0 after the last step."""
     rest = max(steps - settings.warmup, 1)
     after = {
         "constant": optax.constant_schedule(settings.lr),
