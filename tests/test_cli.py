@@ -281,7 +281,7 @@ def test_the_program_itself_exits_with_2(tmp_path: Path) -> None:
 def test_a_signal_saves_and_resume_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = {"source": "task:products-5x2", "response": "response", "chat": False, "max_prompt": 6, "limit": 64}
-    run_config(models, kind="sft", data=data, steps=400, checkpoint={"every": 400}, teacher=None)
+    run_config(models, kind="sft", data=data, steps=150, checkpoint={"every": 150}, teacher=None)
     log, metrics = Path("log"), epath.Path("run/metrics.jsonl")
     process = start("train", "run.yaml", log=log)
     while not (metrics.exists() and read_rows(metrics)):
@@ -293,10 +293,10 @@ def test_a_signal_saves_and_resume_goes_on(models: Path, tmp_path: Path, monkeyp
     assert "Traceback" not in log.read_text()
 
     stopped = len(read_rows(metrics))
-    assert stopped < 400
+    assert stopped < 150
     assert start("train", "run.yaml", "--resume", log=log).wait() == 0, log.read_text()
     assert f"resumed at step {stopped}" in log.read_text()
-    assert [row["step"] for row in read_rows(metrics)] == list(range(1, 401))
+    assert [row["step"] for row in read_rows(metrics)] == list(range(1, 151))
 
 
 def test_ctrl_c_asks_first_and_interrupts_then(opd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

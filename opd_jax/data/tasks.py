@@ -25,6 +25,7 @@ from opd_jax.errors import InputError
 
 CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".")
 _EXACT_STYLE = 0.5 ** np.arange(1, 9) / (1 - 0.5**8)
+LARGEST = 200  # the table of facts has M³ entries
 _NAME = re.compile(r"products-(\d+)x(\d+)(-shaky)?")
 
 
@@ -68,15 +69,15 @@ def write_task_tokenizer(path: str | Path, name: str) -> int:
 
 def _parse(name: str) -> tuple[int, int, bool]:
     match = _NAME.fullmatch(name)
-    if not match or int(match[2]) < 2 or not _is_prime(int(match[1])):
+    if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
-            f"task:{name}: unknown task; expected products-MxN[-shaky], M prime, N ≥ 2, as in products-13x4"
+            f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below 200, N ≥ 2, as in products-13x4"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 
 
-def _is_prime(n: int) -> bool:
-    return n > 2 and all(n % d for d in range(2, int(n**0.5) + 1))
+def _is_small_prime(n: int) -> bool:
+    return 2 < n < LARGEST and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
 def _fact_table(modulus: int, shaky: bool) -> np.ndarray:
