@@ -32,7 +32,9 @@ def main() -> None:
     options = parser.parse_args()
     groups = {name: paths.split(",") for name, _, paths in (g.partition("=") for g in options.groups)}
     evaluations = {name: [student_rows(path) for path in paths] for name, paths in groups.items()}
-    result = {name: {n: summary(runs, n) for n in NAMES} for name, runs in evaluations.items()}
+    result: dict[str, dict[str, Any]] = {
+        name: {n: summary(runs, n) for n in NAMES} for name, runs in evaluations.items()
+    }
     for name, paths in groups.items():
         result[name]["seconds_per_run"] = [seconds(path) for path in paths]
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
