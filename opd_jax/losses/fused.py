@@ -154,7 +154,9 @@ class _Plan:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        return dict(self.layout.table)["batch"] if self.layout else ()
+        """None where there is one batch shard: XLA cannot compile a psum over axes of size 1 beside a tensor axis."""
+        axes = dict(self.layout.table)["batch"] if self.layout else ()
+        return axes if self.layout and math.prod(self.layout.mesh.shape[a] for a in axes) > 1 else ()
 
 
 class _Tokens(NamedTuple):
@@ -298,7 +300,7 @@ def _logits_at(h_CD: Array, head_VD: Array, logits_CV: Array | None, ids_CK: Arr
 
 def _on_shards(plan: _Plan, f: Any, out: tuple[Axes, ...]) -> Any:
     """f(hidden, heads, tokens) on the tokens of each batch shard; the tensor axis stays with the compiler."""
-    if plan.layout is None:
+    if plan.layout is None or not plan.batch_axes:
         return f
     batch, whole, *outputs = (plan.layout.spec(axes) for axes in (("batch",), (), *out))
     return jax.shard_map(

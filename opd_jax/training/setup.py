@@ -81,7 +81,8 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(**config.mesh.model_dump())
     layout = Layout(mesh)
     rows = config.rollout.prompts * config.rollout.samples
-    layout.check("rollout.prompts × rollout.samples", (config.micro_batch or rows,), ("batch",))
+    layout.check("rollout.prompts × rollout.samples", (rows,), ("batch",))
+    layout.check("micro_batch", (config.micro_batch or rows,), ("batch",))
     tokenizer = load_tokenizer(config.student.path)
     vocab_size = valid_vocab_size(tokenizer)
     stops = stop_ids(config.student.path, tokenizer)
