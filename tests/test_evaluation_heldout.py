@@ -1,0 +1,131 @@
+"""The held-out panel: filling and grouping of rows, ratios and their errors, and a student that equals its teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+from tiny_runs import STUDENT, TEACHER, VOCAB
+
+from opd_jax.data.pipeline import stack_prompts
+from opd_jax.evaluation.heldout import (
+    MEASURED,
+    Panel,
+    collect,
+    grade_rows,
+    make_measure,
+    make_panel,
+    mean_metrics,
+    ratio_with_error,
+    sample_panel,
+    summarise_lengths,
+)
+from opd_jax.mesh import Layout, make_mesh
+from opd_jax.models.decoder import DecoderConfig
+from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.teacher import make_score
+from opd_jax.types import Params
+
+ONE = Layout(make_mesh(1, devices=jax.devices()[:1]))
+
+
+def panel_of(problems: int, samples: int, batch: int) -> Panel:
+    encoded = [list(range(1, 2 + i % 5)) for i in range(problems)]
+    prompts = stack_prompts(encoded, range(problems), 5, samples)
+    return make_panel(prompts, [f"p{i}" for i in range(problems)], [str(i) for i in range(problems)], batch)
+
+
+@pytest.mark.parametrize(("problems", "samples", "batch"), [(5, 2, 4), (5, 2, 10), (3, 1, 8), (1, 1, 4), (4, 3, 1)])
+def test_batches_are_of_one_size_and_the_last_is_filled_up(problems: int, samples: int, batch: int) -> None:
+    panel = panel_of(problems, samples, batch)
+    rows = problems * samples
+    assert {len(b.lengths) for b in panel.batches} == {batch}
+    assert len(panel.batches) == -(-rows // batch)
+    assert (panel.rows, panel.samples) == (rows, samples)
+    kept = collect(panel.batches, panel)
+    np.testing.assert_array_equal(kept.ids, np.repeat(np.arange(problems), samples))
+    np.testing.assert_array_equal(kept.samples, np.tile(np.arange(samples), problems))
+    assert (kept.lengths == [1 + i % 5 for i in kept.ids]).all()
+
+
+def test_answers_meet_the_rows_of_their_problem() -> None:
+    panel = panel_of(3, 2, 4)
+    texts = ["0", "1", "1", "1", "2", "0"]
+    right = grade_rows(panel, texts, lambda pairs: [text == gold for text, gold in pairs])
+    np.testing.assert_array_equal(right, [[True, False], [True, True], [True, False]])
+    without = make_panel(panel.batches[0], ["a", "b"], ["1", None], 4)
+    assert grade_rows(without, texts[:4], lambda pairs: [True] * len(pairs)) is None
+
+
+def test_ratio_with_error_against_jackknife_and_bootstrap() -> None:
+    """Rows of one prompt share a random effect: errors that took rows for independent would be half as large."""
+    rng = np.random.default_rng(0)
+    groups, rows = 300, 4
+    counts = rng.integers(1, 9, (groups, rows)).astype(float)
+    sums = counts * (1 + rng.normal(size=(groups, 1)) + 0.3 * rng.normal(size=(groups, rows)))
+    mean, error = ratio_with_error(sums.reshape(-1), counts.reshape(-1), groups)
+    s, c = sums.sum(1), counts.sum(1)
+    assert mean == pytest.approx(s.sum() / c.sum(), rel=1e-12)
+    left_out = (s.sum() - s) / (c.sum() - c)
+    jackknife = np.sqrt((groups - 1) / groups * ((left_out - left_out.mean()) ** 2).sum())
+    assert error == pytest.approx(jackknife, rel=0.02)
+    picks = rng.integers(0, groups, (4000, groups))
+    assert error == pytest.approx((s[picks].sum(1) / c[picks].sum(1)).std(), rel=0.05)
+    independent = ratio_with_error(sums.reshape(-1), counts.reshape(-1), groups * rows)[1]
+    assert independent < 0.6 * error
+
+
+def test_ratio_with_error_at_the_ends() -> None:
+    assert ratio_with_error(np.array([2.0, 4.0]), np.array([1, 2]), 2) == (2.0, 0.0)
+    mean, error = ratio_with_error(np.array([3.0]), np.array([2]), 1)
+    assert mean == 1.5
+    assert np.isnan(error)  # one prompt says nothing about prompts
+    assert np.isnan(ratio_with_error(np.zeros(2), np.zeros(2), 2)).all()  # as where no position has an overlap
+    mean, _ = ratio_with_error(np.array([5.0, 0.0]), np.array([2, 0]), 2)  # an empty prompt weighs nothing
+    assert mean == 2.5
+
+
+def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, rollout: Any) -> dict[str, Any]:
+    score = make_score(network, dtype=jnp.float32, layout=ONE)
+    measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE)
+    batches, measured = [], []
+    for out in sample_panel(rollout, student, panel, Law(), 0, ONE):
+        scores = score(teacher, out)
+        batches.append(out)
+        measured.append(measure(student, out, scores.hidden, scores.head))
+    per_row = collect(measured, panel)
+    assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
+    return mean_metrics(per_row, panel) | summarise_lengths(collect(batches, panel), panel)
+
+
+@pytest.fixture(scope="module")
+def rollout() -> Any:
+    return make_rollout(STUDENT, max_response=6, stop_ids=(1,), vocab_size=VOCAB, support=4, layout=ONE)
+
+
+def test_a_student_that_is_its_teacher(rollout: Any) -> None:
+    params = tiny_runs.params_of(STUDENT, 0)
+    row = evaluate(params, params, STUDENT, panel_of(5, 1, 3), rollout)
+    for name in ("reverse_kl", "forward_kl", "entropy_gap", "overlap_advantage"):
+        assert abs(row[name]) < 1e-6
+    assert row["overlap_ratio"] == 1
+    assert row["overlap_mass_student"] == pytest.approx(row["overlap_mass_teacher"], abs=1e-6)
+    assert 0 < row["student_entropy"] == pytest.approx(row["teacher_entropy"], abs=1e-6)
+
+
+def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(rollout: Any) -> None:
+    """The random numbers belong to the prompts: another cut of the panel gives the same numbers."""
+    student, teacher = tiny_runs.params_of(STUDENT, 0), tiny_runs.params_of(TEACHER, 1)
+    first = evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), rollout)
+    assert first == evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), rollout)
+    assert set(first) >= {*MEASURED, *(name + "_se" for name in MEASURED)}
+    assert first["reverse_kl"] > 0.01
+    assert first["forward_kl"] > 0.01
+    assert 0 <= first["overlap_ratio"] < 1
+    assert first["eos_rate"] == 1 - first["truncation_rate"]
+    other = evaluate(student, teacher, TEACHER, panel_of(5, 1, 5), rollout)
+    assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True) for name, value in first.items()}
