@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 interrupted and resumable.",
 )
 
-MAX_SEED = 2**30
+MAX_SEED = 2**30 - 1  # the demo takes two seeds from it, below 2³¹
 CTRL_C = 130  # what typer makes of KeyboardInterrupt
 
 Overrides = Annotated[
@@ -187,6 +188,8 @@ def main() -> None:
     from opd_jax.errors import InputError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which it is on purpose
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every option it sets
     _use_compilation_cache()
     try:
         if app(standalone_mode=False) == CTRL_C:
@@ -241,4 +244,6 @@ def _stop_on_signals() -> threading.Event:
 
 def _write_json(path: Path | None, result: Any) -> None:
     if path:
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        from opd_jax.tracking.writers import plain
+
+        path.write_text(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

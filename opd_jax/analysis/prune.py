@@ -63,7 +63,7 @@ def least_important_layers(model: str | Path, data: Data, count: int) -> list[in
         )
     tokenizer = load_tokenizer(model)
     vocab_size = valid_vocab_size(tokenizer)
-    encoded, _, _ = encode_prompts(load_records(data)[: 4 * PROMPTS], tokenizer, data)
+    encoded, _, _ = encode_prompts(load_records(data), tokenizer, data)
     encoded = encoded[:PROMPTS]
     prompts = stack_prompts(encoded, range(len(encoded)), max(map(len, encoded)))
     dtype = jnp.bfloat16

@@ -9,6 +9,7 @@ import yaml
 from etils import epath
 
 from opd_jax.errors import InputError
+from opd_jax.models.decoder import abstract_params
 from opd_jax.models.hf import check_target, load_config, save_model
 from opd_jax.tracking.run_dir import existing_run
 
@@ -34,6 +35,10 @@ def export_run(run_dir: epath.PathLike, out: str | Path, dtype: str = "float32")
         step = manager.latest_step() if run.checkpoints.exists() else None
         if step is None:
             raise InputError(f"{run.root}: no checkpoint yet; let the run reach its first one (checkpoint.every)")
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+        # the weights alone, onto one device: the run may have had others, and the moments are twice as large
+        like = {"params": abstract_params(config)}
+        arguments = ocp.checkpoint_utils.construct_restore_args(like)
+        state = ocp.args.PyTreeRestore(like, restore_args=arguments, partial_restore=True)
+        restored = manager.restore(step, args=ocp.args.Composite(state=state))
     save_model(out, restored.state["params"], config, tokenizer_from=student, dtype=dtype)
     return step

@@ -71,7 +71,8 @@ def _parse(name: str) -> tuple[int, int, bool]:
     match = _NAME.fullmatch(name)
     if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
-            f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below 200, N ≥ 2, as in products-13x4"
+            f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below {LARGEST}, N ≥ 2, as in "
+            "products-13x4"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 

@@ -43,8 +43,9 @@ def evaluate_model(
     """
     tokenizer = load_tokenizer(model)
     vocab_size = valid_vocab_size(tokenizer)
-    records = load_records(data, seed, require_answer=True)[:problems]
+    records = load_records(data, seed, require_answer=True)
     encoded, records, dropped = encode_prompts(records, tokenizer, data)
+    encoded, records = encoded[:problems], records[:problems]
     layout = Layout(make_mesh())
     params, config = load_model(model, layout)
     check_vocabulary(model, config.vocab_size, vocab_size)
@@ -85,7 +86,7 @@ def evaluate_model(
         "pass_at_k_se": best.error,
     } | heldout.summarise_lengths(sampled, panel)
     console.table(
-        f"{model} on {data.source}: {len(records)} problems",
+        f"{model} on {data.source}: {len(records)} problems" + (f" ({dropped} too long, dropped)" if dropped else ""),
         [f"avg@{samples}", "95 % interval", f"pass@{samples}", "length", "truncated"],
         [
             [

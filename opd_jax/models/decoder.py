@@ -124,6 +124,12 @@ def parameter_shardings(c: DecoderConfig, layout: Layout) -> dict[str, Any]:
     return _map_specs(sharding, parameter_specs(c))
 
 
+def abstract_params(c: DecoderConfig) -> Params:
+    """Shapes of the float32 weights, on this process's first device."""
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return _map_specs(lambda _, s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=one), parameter_specs(c))
+
+
 def init_params(c: DecoderConfig, key: Array, layout: Layout | None = None) -> Params:
     """Random float32 weights, created sharded where there is a layout."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from opd_jax.config import Objective
@@ -21,8 +22,8 @@ def opd_loss(
     *,
     config: DecoderConfig,
     objective: Objective,
-    vocab_size: int,
-    dtype: Any,
+    vocab_size: int | None = None,
+    dtype: Any = jnp.float32,
     remat: bool = False,
     metrics: bool = True,
     layout: Layout | None = None,

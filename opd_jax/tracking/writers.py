@@ -48,7 +48,7 @@ class MetricWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl. Numbers also go to TensorBoard; lists (curves by position) do not."""
         if self._active:
-            row = {name: _plain(value) for name, value in metrics.items()}
+            row = {name: plain(value) for name, value in metrics.items()}
             self._metrics.write_line({"step": int(step), **row})
             self._write_scalars(step, "", row)
 
@@ -56,12 +56,12 @@ class MetricWriter:
         """Rollouts as text, one row each: problem, answer, response, correct, …"""
         if self._active:
             for row in rows:
-                self._samples.write_line({"step": int(step), **_plain(row)})
+                self._samples.write_line({"step": int(step), **plain(row)})
 
     def write_evaluation(self, step: int, evaluation: Mapping[str, Any]) -> None:
         """One row of evaluations.jsonl; ``evaluation["who"]`` is ``student`` or ``teacher``."""
         if self._active:
-            row = _plain(evaluation)
+            row = plain(evaluation)
             self._evaluations.write_line({"step": int(step), **row})
             self._write_scalars(step, f"evaluation/{row.get('who', 'student')}/", row)
 
@@ -130,14 +130,14 @@ def _is_local(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Python values that are valid JSON: arrays become lists, what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -16,7 +16,7 @@ from opd_jax.models.decoder import DecoderConfig
 from opd_jax.sampling.decode import Law
 from opd_jax.tracking.console import console
 from opd_jax.training.setup import Network, Setup
-from opd_jax.types import Params, Rollouts, Scores
+from opd_jax.types import Params, Rollouts
 
 Row = dict[str, Any]
 
@@ -28,8 +28,13 @@ class Evaluator:
     def __init__(self, setup: Setup):
         settings = setup.config.evaluation
         assert settings.data is not None
-        records = load_records(settings.data, seed=setup.config.seed)[: settings.problems]
+        records = load_records(settings.data, seed=setup.config.seed)
         encoded, records, _ = encode_prompts(records, setup.tokenizer, settings.data)
+        if len(records) < settings.problems:
+            console.warn(
+                f"evaluation: {len(records)} prompts fit, evaluation.problems={settings.problems} were asked for"
+            )
+        encoded, records = encoded[: settings.problems], records[: settings.problems]
         prompts = stack_prompts(encoded, range(len(encoded)), settings.data.max_prompt, settings.samples)
         problems, answers = [r.problem for r in records], [r.answer for r in records]
         ways = setup.layout.mesh.shape["data"] * setup.layout.mesh.shape["fsdp"]
@@ -45,7 +50,7 @@ class Evaluator:
             dtype=jnp.dtype(setup.config.dtype),
             layout=setup.layout,
         )
-        self._reference: list[tuple[Rollouts, Scores]] = []
+        self._reference: list[Rollouts] = []
         self._pool = AnswerPool()
 
     def student(self, params: Params) -> tuple[Row, list[Row]]:
@@ -58,7 +63,10 @@ class Evaluator:
                     scores = self._setup.score(self._setup.teacher.params, rollouts)
                     measured.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
                 bar.advance()
-        for rollouts, scores in self._reference:
+        for rollouts in self._reference:
+            assert self._setup.score
+            assert self._setup.teacher
+            scores = self._setup.score(self._setup.teacher.params, rollouts)
             of_teacher.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
         row, samples = self._graded("student", heldout.collect(batches, self.panel))
         if measured:
@@ -71,13 +79,12 @@ class Evaluator:
 
     def teacher(self, teacher: Network) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the teacher; keeps its rollouts for ``student``."""
-        assert self._setup.score is not None
         self._sample.setdefault(teacher.config, self._new_rollout(teacher.config))
         with self._progress("evaluating the teacher") as bar:
             for rollouts in self._rollouts(teacher.config, teacher.params):
-                self._reference.append((rollouts, self._setup.score(teacher.params, rollouts)))
+                self._reference.append(rollouts)
                 bar.advance()
-        rollouts = [jax.device_get(r) for r, _ in self._reference]
+        rollouts = [jax.device_get(r) for r in self._reference]
         return self._graded("teacher", heldout.collect(rollouts, self.panel))
 
     def close(self) -> None:

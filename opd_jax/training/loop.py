@@ -43,6 +43,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     state, done = setup.state, 0
     restored = checkpoints.restore(abstract(state, setup.shardings)) if resume else None
     if restored:
+        jax.tree.map(lambda x: x.delete(), setup.state)  # or two states would live as long as the run
         state, position = restored
         done = int(state.step)
         setup.batches.set_state(position["data"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from opd_jax.config import Config, Data
+from opd_jax.config import Config
 from opd_jax.data.pipeline import encode_examples, encode_prompts, prompt_batches, sft_batches
 from opd_jax.data.sources import Record, load_records
 from opd_jax.data.tokenizers import (
@@ -65,11 +65,6 @@ class Setup:
     score: Callable[[Params, Rollouts], Scores] | None
     update: Callable[..., Any]
     make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=, truncated=) → a sampling loop
-
-
-def load_records_for(config: Config, data: Data) -> list[Record]:
-    """The records of a source; self-made tasks draw different problems for different run seeds."""
-    return load_records(data, seed=config.seed)
 
 
 def prepare(config: Config) -> Setup:
@@ -148,7 +143,7 @@ def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
 
 
 def _data(config: Config, tokenizer: Any) -> tuple[list[Record], int, Any]:
-    records = load_records_for(config, config.data)
+    records = load_records(config.data, seed=config.seed)
     max_prompt = config.data.max_prompt
     if config.kind == "sft":
         examples, records, dropped = encode_examples(records, tokenizer, config.data, config.rollout.max_response)

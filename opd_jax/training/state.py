@@ -24,10 +24,10 @@ class TrainState:
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout
+    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout | None = None
 ) -> TrainState:
     """A fresh state around ``params``; optimizer moments are sharded as the weights are."""
-    shardings = state_shardings(params, optimizer, config, layout)
+    shardings = state_shardings(params, optimizer, config, layout) if layout else None
 
     def create(params: Params) -> TrainState:
         return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))

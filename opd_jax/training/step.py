@@ -63,12 +63,13 @@ def make_update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
-    shardings: TrainState,
-    layout: Layout,
+    shardings: TrainState | None = None,
+    layout: Layout | None = None,
     micro_batch: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted ``update(state, *batch, frozen=None) → (state, metrics)``; the state is donated.
 
+    ``shardings`` (``state_shardings``) and ``layout`` keep the state where it lies on a mesh; one device needs neither.
     A step whose loss or gradient is not finite changes no weight and is counted in ``state.skipped``.
     """
 
@@ -86,4 +87,5 @@ def make_update(
         state = TrainState(state.step + 1, state.skipped + ~finite, params, opt_state)
         return state, metrics
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.sharding()))
+    metric_sharding = layout.sharding() if layout else None
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, metric_sharding))
