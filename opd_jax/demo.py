@@ -104,7 +104,7 @@ def _learn(out: Path, name: str, source: str, seed: int, stop: threading.Event |
             "kind": "sft",
             "run_dir": str(out / f"{name}-sft"),
             "seed": seed,
-            "steps": 200,
+            "steps": 300,
             "student": {"path": str(start)},
             "data": _data(source, "train") | {"response": "response"},
             "rollout": {"prompts": 64, "samples": 1, "max_response": RESPONSE},
