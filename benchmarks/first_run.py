@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from opd_jax.tracking.labels import axis_label
 from opd_jax.tracking.run_dir import existing_run, read_rows
 
+Rows = list[list[dict[str, Any]]]
 NAMES = ("reverse_kl", "overlap_ratio", "entropy_gap", "forward_kl_teacher_rollouts", "response_length", "eos_rate")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t by degrees of freedom
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
@@ -41,7 +42,8 @@ def main() -> None:
     print(markdown(result))
     print(texts(groups))
     teacher = next(row for row in all_rows(next(iter(groups.values()))[0]) if row["who"] == "teacher")
-    figure(evaluations, teacher).savefig(options.out.with_suffix(".png"), dpi=150)
+    training = {name: [read_rows(existing_run(path).metrics) for path in paths] for name, paths in groups.items()}
+    figure(evaluations, training, teacher).savefig(options.out.with_suffix(".png"), dpi=150)
 
 
 def all_rows(path: str) -> list[dict[str, Any]]:
@@ -109,16 +111,23 @@ def texts(groups: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def figure(evaluations: dict[str, list[list[dict[str, Any]]]], teacher: dict[str, Any]) -> Figure:
-    """Held-out metrics over steps: thin lines are seeds, thick ones their mean."""
+def figure(evaluations: dict[str, Rows], training: dict[str, Rows], teacher: dict[str, Any]) -> Figure:
+    """Thin lines: training rollouts, one a seed. Points: held-out prompts, mean and standard error over seeds."""
     fig = Figure(figsize=(10, 5.2), layout="constrained")
     axes = fig.subplots(2, 3).ravel()
     for ax, name in zip(axes, NAMES, strict=True):
-        for colour, (group, runs) in zip(COLOURS, evaluations.items(), strict=False):
-            steps = [row["step"] for row in runs[0]]
+        for i, (group, runs) in enumerate(evaluations.items()):
+            for rows in training[group]:
+                curve = [(row["step"], row[name]) for row in rows if name in row]
+                ax.plot(*zip(*curve, strict=True), color=COLOURS[i], alpha=0.3, linewidth=1) if curve else None
+            steps = np.asarray([row["step"] for row in runs[0]]) + 0.4 * i
             values = np.asarray([[row[name] for row in run] for run in runs])
-            ax.plot(steps, values.T, color=colour, alpha=0.35, linewidth=1)
-            ax.plot(steps, values.mean(axis=0), color=colour, linewidth=2.2, marker="o", markersize=4, label=group)
+            error = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else None
+            style = {"color": COLOURS[i], "marker": "o", "markersize": 5, "linewidth": 1.2, "linestyle": ":"}
+            ax.errorbar(steps, values.mean(axis=0), error, capsize=3, label=f"{group}, held out", **style)
+        if name in teacher:
+            ax.axhline(teacher[name], color="#555555", linestyle="--", linewidth=1.2, label="teacher")
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(axis_label(name, 16), fontsize=10, loc="left")
         if name in teacher:
             ax.axhline(teacher[name], color="#555555", linestyle="--", linewidth=1.2, label="teacher")
