@@ -153,7 +153,7 @@ def test_a_checkpoint_moves_to_another_mesh(models: Path, rollouts: list[Any], t
 def test_a_mesh_that_does_not_fit_is_refused(models: Path) -> None:
     with pytest.raises(InputError, match="does not fill 8 devices"):
         prepare(tiny_runs.run_config(models, models / "unused", mesh={"data": 3}))
-    rollout = {"prompts": 3, "samples": 2, "max_response": 8}
+    rollout = {"prompts": 3, "samples": 2, "max_response": 10}
     with pytest.raises(InputError, match=r"rollout.prompts × rollout.samples.*has size 6.*divide.*= 8"):
         prepare(tiny_runs.run_config(models, models / "unused", rollout=rollout))
     with pytest.raises(InputError, match=r"micro_batch.*has size 4.*divide.*= 8"):

@@ -42,7 +42,7 @@ def write_models(path: Path) -> Path:
 
 
 def run_config(models: Path, run_dir: Path, kind: str = "opd", **settings: Any) -> Config:
-    """Eight rows a step; prompts of 6 tokens, responses of at most 8."""
+    """Eight rows a step; prompts of 6 tokens, responses of at most 10."""
     data = {"source": f"task:{TASK}", "chat": False, "max_prompt": 8, "limit": 64}
     tree: dict[str, Any] = {
         "kind": kind,
@@ -51,7 +51,7 @@ def run_config(models: Path, run_dir: Path, kind: str = "opd", **settings: Any) 
         "student": {"path": str(models / "student")},
         "objective": {"name": "full", "k": 4},
         "data": data,
-        "rollout": {"prompts": 4, "samples": 2, "max_response": 8},
+        "rollout": {"prompts": 4, "samples": 2, "max_response": 10},
         "optimizer": {"lr": 3e-3, "warmup": 2, "schedule": "cosine"},
         "dtype": "float32",
         "remat": False,
