@@ -123,15 +123,12 @@ def figure(evaluations: dict[str, Rows], training: dict[str, Rows], teacher: dic
             steps = np.asarray([row["step"] for row in runs[0]]) + 0.4 * i
             values = np.asarray([[row[name] for row in run] for run in runs])
             error = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else None
-            style = {"color": COLOURS[i], "marker": "o", "markersize": 5, "linewidth": 1.2, "linestyle": ":"}
+            style = {"color": COLOURS[i], "marker": "o", "markersize": 5, "linestyle": ""}
             ax.errorbar(steps, values.mean(axis=0), error, capsize=3, label=f"{group}, held out", **style)
         if name in teacher:
             ax.axhline(teacher[name], color="#555555", linestyle="--", linewidth=1.2, label="teacher")
         ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(axis_label(name, 16), fontsize=10, loc="left")
-        if name in teacher:
-            ax.axhline(teacher[name], color="#555555", linestyle="--", linewidth=1.2, label="teacher")
-        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[3:]:
