@@ -175,6 +175,14 @@ def test_shipped_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
     assert "Hardware:" in path.read_text().partition("\nkind:")[0]
 
 
+@pytest.mark.parametrize("text", ["1e-6", "1", "true", "null", "2024-01-01", "a: b", "é\n", ""])
+def test_text_that_looks_like_something_else_survives_a_round_trip(file: Path, text: str) -> None:
+    config = load_config(file)
+    config = config.model_copy(update={"run_dir": text})
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+
+
 def leaves(model: type[Strict], prefix: str = "") -> list[str]:
     out = []
     for name, field in model.model_fields.items():
