@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/opd demo
 
 test: .venv/installed-dev
-	$(BIN)/pytest -m "not torch and not gpu and not smollm2"
+	$(BIN)/pytest -n auto --dist loadfile -m "not torch and not gpu and not smollm2"
 
 # The same numbers from other systems, live: transformers' models and their GGUF loading.
 oracle: .venv/installed-torch
