@@ -20,6 +20,7 @@ import tiny_runs
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config
+from opd_jax.data.tokenizers import load_tokenizer
 from opd_jax.errors import InputError
 from opd_jax.tracking.writers import MetricWriter
 from opd_jax.training import loop
@@ -60,6 +61,7 @@ def run_and_die(config: Config, at_step: int, checkpoint: int | None) -> None:
 def run_all_and_die(root: Path) -> None:
     """In a process of its own: one fork per run (imports are paid once, JAX starts its devices after the fork)."""
     children = []
+    load_tokenizer(str(root / "student"))  # transformers imports lazily
     for name, (kind, *when) in KILLED.items():
         if (pid := os.fork()) == 0:
             run_and_die(config_of(root, name, kind), *when)
