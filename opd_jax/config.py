@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -40,6 +41,9 @@ class Objective(Strict):
     normalise: bool = True  # topk: renormalise both sides over the support
     tail: bool = False  # topk: one extra outcome holds what lies outside the support
     temperature: Annotated[float, Field(gt=0)] = 1.0  # divides the logits of both sides
+    correction: Literal["none", "importance", "ppo", "tis", "icepop"] = "none"  # of rollouts by an older policy
+    ratio_low: Annotated[float, Field(ge=0, le=1)] | None = None  # None: ppo 0.8, icepop 0.5
+    ratio_high: Annotated[float, Field(ge=1)] | None = None  # None: ppo 1.2, tis 2, icepop 5
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -47,7 +51,17 @@ class Objective(Strict):
             raise ValueError("tail=true already closes the distribution; it cannot be combined with normalise=false")
         if self.name in ("sampled", "topk_reference") and (self.tail or self.divergence != "reverse"):
             raise ValueError(f"name={self.name} is a reverse-KL gradient; it takes neither divergence nor tail")
+        unused = {"none": ("ratio_low", "ratio_high"), "importance": ("ratio_low", "ratio_high"), "tis": ("ratio_low",)}
+        for name in unused.get(self.correction, ()):
+            if getattr(self, name) is not None:
+                raise ValueError(f"correction={self.correction} has no {name}; remove it")
         return self
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """Bounds of the ratio p(y)/μ(y): outside of them PPO clips it, TIS caps it, IcePop drops the token."""
+        low, high = {"ppo": (0.8, 1.2), "tis": (0.0, 2.0), "icepop": (0.5, 5.0)}.get(self.correction, (0.0, math.inf))
+        return (low if self.ratio_low is None else self.ratio_low, high if self.ratio_high is None else self.ratio_high)
 
 
 class Model(Strict):

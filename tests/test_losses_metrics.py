@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.losses import Objective, distillation_loss
-from opd_jax.losses.metrics import BY_POSITION
+from opd_jax.losses import Objective, distillation_loss, kl_estimators
 
 K, BINS = 4, 3
 
@@ -16,7 +15,7 @@ def softmax(z):
     return e / e.sum()
 
 
-def position(s, t):
+def position(s, t, y):
     """All metrics of one position, by the definitions of paper.md; overlap_advantage is None where it has no value."""
     p, q = softmax(s), softmax(t)
     top_p, top_q = np.argsort(-s, kind="stable")[:K], np.argsort(-t, kind="stable")[:K]
@@ -35,6 +34,9 @@ def position(s, t):
         overlap_mass_teacher=q[shared].sum(),
         reverse_kl=(p * np.log(p / q)).sum(),
         forward_kl=(q * np.log(q / p)).sum(),
+        kl_k1=np.log(p[y] / q[y]),
+        kl_k2=0.5 * np.log(p[y] / q[y]) ** 2,
+        kl_k3=q[y] / p[y] - 1 - np.log(q[y] / p[y]),
         extreme_advantage_gap=p[extreme] - q[extreme],
         argmax_agreement=float(np.argmax(s) == np.argmax(t)),
     )
@@ -46,7 +48,7 @@ def problem():
     t = 0.7 * s + 1.5 * r.normal(size=s.shape)
     t[0, 0] = -s[0, 0]  # no common id
     mask = np.arange(7) < np.array([7, 3, 1, 6])[:, None]
-    return s, t, mask
+    return s, t, r.integers(0, 30, mask.shape), mask
 
 
 @pytest.mark.parametrize(
@@ -55,31 +57,38 @@ def problem():
     ids=lambda o: o.name,
 )
 def test_metrics_equal_brute_force_in_every_mode(objective):
-    s, t, mask = problem()
+    s, t, y, mask = problem()
     want = {}
     for b, i in zip(*np.nonzero(mask), strict=True):
-        for name, value in position(s[b, i], t[b, i]).items():
+        for name, value in position(s[b, i], t[b, i], y[b, i]).items():
             sums, counts = want.setdefault(name, (np.zeros(BINS), np.zeros(BINS)))
             if value is not None:
                 sums[i * BINS // 7] += value
                 counts[i * BINS // 7] += 1
 
-    def run(s, t, eye, mask):
-        tokens = jnp.zeros(mask.shape, jnp.int32)
-        return distillation_loss(s, eye, t, eye, tokens, mask, objective, metric_k=K, bins=BINS, tile=5)[1]
+    def run(s, t, eye, y, mask):
+        return distillation_loss(s, eye, t, eye, y, mask, objective, metric_k=K, bins=BINS, tile=5)[1]
 
     with jax.enable_x64(True):
-        got = jax.device_get(jax.jit(run)(s, t, np.eye(30), mask))
-    assert set(got) == {*want, *(f"{name}_by_position" for name in BY_POSITION)}
+        got = jax.device_get(jax.jit(run)(s, t, np.eye(30), y, mask))
+    assert set(got) == {*want, *(f"{name}_by_position" for name in want)}
     for name, (sums, counts) in want.items():
         np.testing.assert_allclose(got[name], (sums.sum(), counts.sum()), atol=1e-10, err_msg=name)
-        if name in BY_POSITION:
-            np.testing.assert_allclose(got[f"{name}_by_position"], (sums, counts), atol=1e-10, err_msg=name)
+        np.testing.assert_allclose(got[f"{name}_by_position"], (sums, counts), atol=1e-10, err_msg=name)
     assert 0 < got["overlap_advantage"][1] < mask.sum()
 
 
+def test_k1_and_k3_are_unbiased_and_k2_is_not():
+    s, t, *_ = problem()
+    p, q = softmax(s[1, 1]), softmax(t[1, 1])
+    exact = (p * np.log(p / q)).sum()
+    k1, k2, k3 = (p @ np.asarray(x, float) for x in kl_estimators(np.log(p), np.log(q)).values())
+    np.testing.assert_allclose([k1, k3], exact, rtol=1e-5)
+    assert abs(k2 - exact) > 0.05 * exact
+
+
 def test_identical_models_agree():
-    s, _, mask = problem()
+    s, _, _, mask = problem()
     fixed = jnp.eye(30), jnp.asarray(s, jnp.float32), jnp.eye(30), jnp.zeros(mask.shape, int), jnp.asarray(mask)
     _, got = jax.jit(lambda h: distillation_loss(h, *fixed, Objective(), metric_k=100))(fixed[1])
     for name in ("entropy_gap", "reverse_kl", "forward_kl", "overlap_advantage", "extreme_advantage_gap"):

@@ -1,4 +1,4 @@
-"""The objectives from hidden states and head weights, without logits for all tokens at once.
+"""Losses, metrics and gradients from hidden states and head weights, without logits for all tokens at once.
 
 The gradient is formed in the forward pass, so that no product with the vocabulary is done twice. Tokens pass in two
 levels: tiles, so small that the many elementwise passes over their logits stay in cache, and chunks of tiles, so large
@@ -9,7 +9,6 @@ the hidden states.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,126 +17,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
-from jaxtyping import Float, Int
 
 from opd_jax.config import Objective
-from opd_jax.errors import InputError
-from opd_jax.losses.metrics import reduce_metrics, token_metrics
-from opd_jax.losses.reference import FILL, divergence, score_function
-from opd_jax.losses.supports import add_at, partial_loss, renormalised_loss, support_ids, top_k
+from opd_jax.losses.metrics import token_metrics
+from opd_jax.losses.reference import FILL, divergence
+from opd_jax.losses.supports import Picks, support_ids, token_loss
+from opd_jax.losses.vocabulary import Readout, Vocabulary
 from opd_jax.mesh import Axes, Layout, constrain
-from opd_jax.types import Metrics
-
-
-def distillation_loss(
-    student_hidden_BTD: Float[Array, "B T D"],
-    student_head_VD: Float[Array, "V D"],
-    teacher_hidden_BTE: Float[Array, "B T E"],
-    teacher_head_VE: Float[Array, "W E"],
-    tokens_BT: Int[Array, "B T"],
-    mask_BT: Array,
-    objective: Objective,
-    *,
-    vocab_size: int | None = None,
-    topk_ids: Int[Array, "B T K"] | None = None,
-    metrics: bool = True,
-    metric_k: int = 16,
-    bins: int = 16,
-    chunk: int = 512,
-    tile: int | None = None,
-    layout: Layout | None = None,
-) -> tuple[tuple[Array, Array], Metrics]:
-    """The distillation loss Σ_t mask_t · loss_t, the token count Σ_t mask_t, and the metrics (paper §2, Eqs. 3-10).
-
-    The hidden state at t predicts ``tokens[:, t]``; logits are hidden · headᵀ. Only the student's hidden states and
-    head receive a gradient, the head's accumulated in float32 and returned in its own dtype. The caller divides the
-    sums of all micro-batches once: loss = Σ loss_sum / Σ count, in nats a token.
-
-    Args:
-        student_head_VD: master weights; cast to the dtype of the hidden states for the products, as is the teacher's.
-        mask_BT: true (or 1) on response tokens; what stands elsewhere has no influence.
-        vocab_size: size of the tokenizer; ids from there on carry no probability. None: the narrower head.
-        topk_ids: the sampling policy's most probable ids, first one first; they then are the student's support S_p.
-        metrics: with them come Eqs. 6-10 and their kin from the same logits, each as (sum, count); else {}.
-        metric_k: size of the top-k lists of the metrics, whatever the objective.
-        bins: entries of the curves over output position.
-        chunk: tokens (of one batch shard) between two accumulations into the head gradient.
-        tile: tokens whose logits exist at once; None: 32 on CPU (cache), 256 elsewhere.
-        layout: the mesh; sequences are then sharded over its ``batch`` axes and chunks stay within a shard.
-
-    Raises:
-        InputError: shapes that do not fit each other, the vocabulary or the mesh.
-    """
-    plan = _plan(student_head_VD, teacher_head_VE, objective, vocab_size, topk_ids, chunk, tile, layout)
-    plan = dataclasses.replace(plan, metric_k=min(metric_k, plan.vocab) if metrics else 0)
-    _check(plan, student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
-    mask_BT = mask_BT.astype(bool)
-    fixed = lax.stop_gradient((teacher_head_VE, _Tokens(teacher_hidden_BTE, tokens_BT, mask_BT, topk_ids)))
-    loss, _, values_BT = _fused(plan, student_hidden_BTD, student_head_VD, *fixed)
-    return (loss, mask_BT.sum(dtype=loss.dtype)), reduce_metrics(lax.stop_gradient(values_BT), mask_BT, bins)
-
-
-def token_losses(
-    student_hidden_BTD: Float[Array, "B T D"],
-    student_head_VD: Float[Array, "V D"],
-    teacher_hidden_BTE: Float[Array, "B T E"],
-    teacher_head_VE: Float[Array, "W E"],
-    tokens_BT: Int[Array, "B T"],
-    mask_BT: Array,
-    objective: Objective,
-    *,
-    vocab_size: int | None = None,
-    topk_ids: Int[Array, "B T K"] | None = None,
-    chunk: int = 512,
-    tile: int | None = None,
-    layout: Layout | None = None,
-) -> Float[Array, "B T"]:
-    """The loss of each position (0 under the mask): the terms of ``distillation_loss``, without gradient."""
-    plan = _plan(student_head_VD, teacher_head_VE, objective, vocab_size, topk_ids, chunk, tile, layout)
-    _check(plan, student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
-    x = _Tokens(teacher_hidden_BTE, tokens_BT, mask_BT.astype(bool), topk_ids)
-    return lax.stop_gradient(_fused(plan, student_hidden_BTD, student_head_VD, teacher_head_VE, x)[1])
-
-
-def position_metrics(
-    student_hidden_BTD: Float[Array, "B T D"],
-    student_head_VD: Float[Array, "V D"],
-    teacher_hidden_BTE: Float[Array, "B T E"],
-    teacher_head_VE: Float[Array, "W E"],
-    tokens_BT: Int[Array, "B T"],
-    mask_BT: Array,
-    *,
-    k: int = 16,
-    vocab_size: int | None = None,
-    layout: Layout | None = None,
-) -> dict[str, Float[Array, "B T"]]:
-    """The metrics of Eqs. 6-10 at each position, without gradient: the terms that ``distillation_loss`` sums.
-
-    What stands under the mask is meaningless; ``overlap_advantage`` has no value where ``overlap_ratio`` is 0.
-    """
-    plan = _plan(student_head_VD, teacher_head_VE, Objective(), vocab_size, None, 512, None, layout)
-    plan = dataclasses.replace(plan, metric_k=min(k, plan.vocab))
-    _check(plan, student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
-    x = _Tokens(teacher_hidden_BTE, tokens_BT, mask_BT.astype(bool), None)
-    return lax.stop_gradient(_fused(plan, student_hidden_BTD, student_head_VD, teacher_head_VE, x)[2])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is static: the objective, the sizes, and which products with the whole vocabulary are needed."""
 
     objective: Objective
     vocab: int  # valid ids
     given_ids: bool
+    rewarded: bool  # advantages are given
     chunk: int
     tile: int
     layout: Layout | None
-    metric_k: int = 0  # 0: no metrics
+    metric_k: int  # 0: no metrics
+    student_readout: Readout  # without their biases
+    teacher_readout: Readout
 
     @property
     def sparse(self) -> bool:
         """Renormalised top-k: loss and gradient live on the logits of the support."""
-        return self.objective.name == "topk" and self.objective.normalise and not self.objective.tail
+        o = self.objective
+        return o.name == "topk" and o.normalise and not o.tail and not self.rewarded
 
     @property
     def k(self) -> int:
@@ -154,128 +62,225 @@ class _Plan:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        """None where there is one batch shard: XLA cannot compile a psum over axes of size 1 beside a tensor axis."""
-        axes = dict(self.layout.table)["batch"] if self.layout else ()
+        return self._axes("batch")
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        return self._axes("vocab")
+
+    def _axes(self, name: str) -> tuple[str, ...]:
+        axes = dict(self.layout.table)[name] if self.layout else ()
         return axes if self.layout and math.prod(self.layout.mesh.shape[a] for a in axes) > 1 else ()
 
+    def vocabulary(self, head: _Head) -> Vocabulary:
+        return Vocabulary(head.weight.shape[0], self.vocab, self.vocab_axes)
 
-class _Tokens(NamedTuple):
+
+class Tokens(NamedTuple):
     """What stands at each token and carries no gradient: [B, T, ...], or [C, ...] in a tile."""
 
     teacher_hidden: Array
     tokens: Array
     mask: Array
+    weight: Array
     topk_ids: Array | None
+    behaviour_logp: Array | None
+    advantages: Array | None
+
+
+class Fixed(NamedTuple):
+    teacher_head: Array
+    student_bias: Array | None
+    teacher_bias: Array | None
+    tokens: Tokens
+
+
+class _Head(NamedTuple):
+    weight: Array
+    bias: Array | None
 
 
 class _Heads(NamedTuple):
-    student: Array
-    teacher: Array
+    student: _Head
+    teacher: _Head
 
 
-def _forward(plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens) -> tuple[Any, ...]:
+def _forward(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> tuple[Any, ...]:
     """(loss sum, loss of each token, metrics of each token)"""
 
-    def scan(hidden_BTD: Array, heads: _Heads, x: _Tokens) -> Any:
+    def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
         def step(_: None, chunk: Any) -> tuple[None, Any]:
             return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], chunk)
 
         _, values = lax.scan(step, None, _split(plan, hidden_BTD, x))
         return jax.tree.map(lambda v: _join(v, x.tokens.shape), values)
 
-    heads = _prepare_heads(plan, hidden_BTD, head_VD, teacher_head_VE, x)
-    loss_BT, measured_BT = _on_shards(plan, scan, (("batch",), ("batch",)))(hidden_BTD, heads, x)
-    return loss_BT.sum(), loss_BT, measured_BT
+    heads = _prepare_heads(plan, hidden_BTD, head_VD, fixed)
+    loss_BT, measured_BT = _on_shards(plan, scan, (("batch",), ("batch",)))(hidden_BTD, heads, fixed.tokens)
+    return (loss_BT * fixed.tokens.weight).sum(), loss_BT, measured_BT
 
 
-def _forward_with_gradient(
-    plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens
+def values_and_gradient(
+    plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed
 ) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
-    def scan(hidden_BTD: Array, heads: _Heads, x: _Tokens) -> Any:
-        def step(dhead_VD: Array, chunk: tuple[Array, _Tokens]) -> tuple[Array, Any]:
+    """What ``_forward`` returns, and the gradient of the loss sum in hidden states and, in float32, head."""
+
+    def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
+        def step(dhead_VD: Array, chunk: tuple[Array, Tokens]) -> tuple[Array, Any]:
             values, ids, dlogits = lax.map(lambda tile: _tile(plan, heads, *tile, gradient=True), chunk)
-            dhidden, dhead_VD = _apply_gradient(heads.student, chunk[0], ids, dlogits, dhead_VD)
+            dhidden, dhead_VD = _apply_gradient(plan, heads.student, chunk[0], ids, dlogits, dhead_VD)
             return dhead_VD, (values, dhidden)
 
-        start = jnp.zeros(heads.student.shape, jnp.promote_types(hidden_BTD.dtype, jnp.float32))
+        dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+        start = jnp.zeros(heads.student.weight.shape, dtype)
         dhead_VD, per_token = lax.scan(step, start, _split(plan, hidden_BTD, x))
         values, dhidden_BTD = jax.tree.map(lambda v: _join(v, x.tokens.shape), per_token)
         # The shards' sums meet once, here, not in every step of the scan.
-        return values, dhidden_BTD, lax.psum(dhead_VD, plan.batch_axes)
+        if plan.vocab_axes:
+            dhidden_BTD = lax.psum(dhidden_BTD, plan.vocab_axes)
+        if plan.batch_axes:
+            dhead_VD = lax.psum(dhead_VD, plan.batch_axes)
+        return values, dhidden_BTD.astype(hidden_BTD.dtype), dhead_VD
 
-    heads = _prepare_heads(plan, hidden_BTD, head_VD, teacher_head_VE, x)
-    run = _on_shards(plan, scan, (("batch",), ("batch",), ()))
-    (loss_BT, measured_BT), dhidden_BTD, dhead_VD = run(hidden_BTD, heads, x)
-    dhead_VD = jnp.pad(dhead_VD, [(0, head_VD.shape[0] - dhead_VD.shape[0]), (0, 0)]).astype(head_VD.dtype)
+    heads = _prepare_heads(plan, hidden_BTD, head_VD, fixed)
+    run = _on_shards(plan, scan, (("batch",), ("batch",), ("vocab", None)))
+    (loss_BT, measured_BT), dhidden_BTD, dhead_VD = run(hidden_BTD, heads, fixed.tokens)
+    rows = head_VD.shape[0]
+    dhead_VD = jnp.pad(dhead_VD[:rows], [(0, max(0, rows - dhead_VD.shape[0])), (0, 0)])
     dhead_VD = constrain(dhead_VD, _fit(plan.layout, dhead_VD.shape, ("vocab", "embed")), plan.layout)
-    return (loss_BT.sum(), loss_BT, measured_BT), (dhidden_BTD, dhead_VD)
+    return ((loss_BT * fixed.tokens.weight).sum(), loss_BT, measured_BT), (dhidden_BTD, dhead_VD)
 
 
-def _backward(plan: _Plan, residuals: tuple[Array, Array], cotangents: tuple[Array, Any, Any]) -> tuple[Any, ...]:
+def _forward_with_gradient(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> Any:
+    values, (dhidden_BTD, dhead_VD) = values_and_gradient(plan, hidden_BTD, head_VD, fixed)
+    return values, (dhidden_BTD, dhead_VD.astype(head_VD.dtype))
+
+
+def _backward(plan: Plan, residuals: tuple[Array, Array], cotangents: tuple[Array, Any, Any]) -> tuple[Any, ...]:
     dhidden_BTD, dhead_VD = residuals
     scale = cotangents[0]
-    return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dhead_VD * scale).astype(dhead_VD.dtype), None, None
+    return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dhead_VD * scale).astype(dhead_VD.dtype), None
 
 
-_fused = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_fused.defvjp(_forward_with_gradient, _backward)
+fused_loss = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+fused_loss.defvjp(_forward_with_gradient, _backward)
 
 
-def _tile(plan: _Plan, heads: _Heads, h_CD: Array, x: _Tokens, *, gradient: bool = False) -> Any:
-    """((loss, metrics) of each token, ids, dloss/dlogits on those ids, or on the whole vocabulary if ids is None)."""
-    s: Any = _logits(plan, h_CD, heads.student) if plan.student_vocabulary else None
-    t: Any = _logits(plan, x.teacher_hidden, heads.teacher) if plan.teacher_vocabulary else None
+def _tile(plan: Plan, heads: _Heads, h_CD: Array, x: Tokens, *, gradient: bool = False) -> Any:
+    """((loss, metrics) of each token, ids, dloss/dproducts on those ids, or on the whole vocabulary if ids is None)."""
+    words, readouts = plan.vocabulary(heads.student), (plan.student_readout, plan.teacher_readout)
+    s: Any = _logits(words, readouts[0], h_CD, heads.student) if plan.student_vocabulary else None
+    t: Any = _logits(words, readouts[1], x.teacher_hidden, heads.teacher) if plan.teacher_vocabulary else None
     size = max(plan.k, plan.metric_k)
-    ids_p: Any = top_k(s, size) if plan.student_vocabulary and size else None
-    ids_q: Any = top_k(t, size) if plan.teacher_vocabulary and size else None
+    ids_p: Any = words.top_k(s, size) if plan.student_vocabulary and size else None
+    ids_q: Any = words.top_k(t, size) if plan.teacher_vocabulary and size else None
     measured = {}
     if plan.metric_k:
-        measured = token_metrics(s, t, ids_p[:, : plan.metric_k], ids_q[:, : plan.metric_k])
+        measured = token_metrics(words, s, t, ids_p[:, : plan.metric_k], ids_q[:, : plan.metric_k], x.tokens)
     ids: Any = None
     member = None
     if plan.k:
         policy: Any = ids_p if x.topk_ids is None else x.topk_ids
         ids, member = support_ids(plan.objective.support, *jax.tree.map(lambda i: i[:, : plan.k], (policy, ids_q)))
     if plan.sparse:
-        s, t = _logits_at(h_CD, heads.student, s, ids), _logits_at(x.teacher_hidden, heads.teacher, t, ids)
-    loss_of = functools.partial(_token_loss, plan, t=t, tokens=x.tokens, ids=ids, member=member)
+        s = _logits_at(words, readouts[0], h_CD, heads.student, s, ids)
+        t = _logits_at(words, readouts[1], x.teacher_hidden, heads.teacher, t, ids)
+    loss, dlogits = _loss(plan, words, s, t, x, ids, member, gradient)
+    loss = jnp.where(x.mask, loss, 0)
     if not gradient:
-        return (jnp.where(x.mask, loss_of(s), 0), measured), None, None
-    loss, vjp = jax.vjp(loss_of, s)
-    (dlogits,) = vjp(x.mask.astype(loss.dtype))
-    return (jnp.where(x.mask, loss, 0), measured), ids if plan.sparse else None, dlogits.astype(h_CD.dtype)
+        return (loss, measured), None, None
+    products = readouts[0].pull_back(dlogits, s).astype(h_CD.dtype)
+    return (loss, measured), ids if plan.sparse else None, products
 
 
-def _token_loss(plan: _Plan, s: Array, *, t: Array, tokens: Array, ids: Any, member: Any) -> Array:
-    """Loss of each token from the student's logits: those of the support if sparse, else of the vocabulary."""
-    objective = plan.objective
-    if objective.temperature != 1:
-        s, t = s / objective.temperature, t / objective.temperature
+def _loss(
+    plan: Plan, words: Vocabulary, s: Array, t: Array, x: Tokens, ids: Any, member: Any, gradient: bool
+) -> tuple[Array, Any]:
+    """Loss of each token from both sides' logits (of the support if sparse), and weight · dloss/ds."""
+    o = plan.objective
+    if o.temperature != 1:
+        s, t = s / o.temperature, t / o.temperature
     if plan.sparse:
-        return renormalised_loss(s, t, member, objective)
-    if plan.k:
-        return partial_loss(s, t, ids, member, objective)
-    logp, logq = jax.nn.log_softmax(s), jax.nn.log_softmax(t)
-    if objective.name == "full":
-        return divergence(logp, logq, objective).sum(-1)
-    logp, logq = (jnp.take_along_axis(x, tokens[:, None], -1)[:, 0] for x in (logp, logq))
-    return score_function(logp, logp - logq)
+        picks_s, picks_t = Picks(support=s), Picks(support=t)
+    else:
+        picks_s, picks_t = (_picks(plan, words, z, x.tokens, ids, member) for z in (s, t))
+
+    def picked(picks: Picks) -> Array:
+        return token_loss(o, picks, picks_t, member, x.behaviour_logp, x.advantages)
+
+    def dense(s: Array, lse: Any) -> Array:
+        lse_t: Any = picks_t.lse
+        return divergence(s - lse[:, None], t - lse_t[:, None], o).sum(-1)
+
+    terms, loss, ds = [], jnp.zeros(s.shape[:1], s.dtype), jnp.zeros((), s.dtype)
+    if o.name == "full":
+        part, pull_back = jax.vjp(dense, s, picks_s.lse)
+        loss = words.sum(part)
+        if gradient:
+            ds, dlse = pull_back(x.weight)
+            terms.append(Picks(lse=words.sum(dlse)))
+    if o.name != "full" or plan.rewarded:
+        part, pull_back = jax.vjp(picked, picks_s)
+        loss = loss + part
+        if gradient:
+            terms += pull_back(x.weight)
+    if not gradient:
+        return loss, None
+    if plan.sparse:
+        return loss, terms[0].support / o.temperature
+    for d in terms:
+        ds = ds + _pull_back_picks(words, d, picks_s, s, x.tokens, ids, member)
+    return loss, ds / o.temperature
+
+
+def _picks(plan: Plan, words: Vocabulary, z_CV: Array, tokens: Array, ids: Any, member: Any) -> Picks:
+    sampled = plan.objective.name == "sampled" or plan.rewarded
+    return Picks(
+        support=words.take(z_CV, ids) if plan.k else None,
+        token=words.take(z_CV, tokens[:, None])[:, 0] if sampled else None,
+        lse=words.logsumexp(z_CV),
+        rest=words.logsumexp(_outside(words, z_CV, ids, member)) if plan.objective.tail else None,
+    )
+
+
+def _pull_back_picks(
+    words: Vocabulary, d: Picks, picks: Picks, z_CV: Array, tokens: Array, ids: Any, member: Any
+) -> Array:
+    """dloss/dz from dloss/dpicks: a log-sum-exp passes its part on as probabilities."""
+    lse: Any = picks.lse
+    dz = (jnp.zeros_like(lse) if d.lse is None else d.lse)[:, None] * jnp.exp(z_CV - lse[:, None])
+    if d.token is not None:
+        dz = dz + jnp.where(words.ids() == tokens[:, None], d.token[:, None], 0)
+    if d.rest is not None:
+        rest: Any = picks.rest
+        dz = dz + d.rest[:, None] * jnp.exp(_outside(words, z_CV, ids, member) - rest[:, None])
+    return dz if d.support is None else words.add_at(dz, ids, d.support)
+
+
+def _outside(words: Vocabulary, z_CV: Array, ids: Array, member: Array) -> Array:
+    # Added, not set: a placeholder may repeat the id of a member.
+    return words.add_at(z_CV, ids, jnp.where(member, FILL, 0))
 
 
 def _apply_gradient(
-    head_VD: Array, h_NCD: Array, ids: Array | None, dlogits: Array, dhead_VD: Array
+    plan: Plan, head: _Head, h_NCD: Array, ids: Array | None, dlogits: Array, dhead_VD: Array
 ) -> tuple[Array, Array]:
     """Hidden gradient of a chunk of N tiles, and the head gradient with the chunk's part added."""
     dtype, width = dhead_VD.dtype, h_NCD.shape[-1]
     if ids is not None:
-        dhidden = jnp.einsum("nck,nckd->ncd", dlogits, head_VD[ids], preferred_element_type=dtype)
+        ids, here = plan.vocabulary(head).local(ids)
+        dlogits = jnp.where(here, dlogits, 0)
+        dhidden = jnp.einsum("nck,nckd->ncd", dlogits, head.weight[ids], preferred_element_type=dtype)
         update = dlogits[..., None].astype(dtype) * h_NCD[..., None, :].astype(dtype)
-        return dhidden.astype(h_NCD.dtype), add_at(dhead_VD, ids.reshape(-1), update.reshape(-1, width))
-    dhidden = jnp.einsum("ncv,vd->ncd", dlogits, head_VD, preferred_element_type=dtype)
-    dlogits_VC = dlogits.reshape(-1, dlogits.shape[-1]).T
-    dlogits_VC = lax.platform_dependent(dlogits_VC, cpu=_row_major, default=lambda x: x)
-    update = jnp.einsum("vc,cd->vd", dlogits_VC, h_NCD.reshape(-1, width), preferred_element_type=dtype)
-    return dhidden.astype(h_NCD.dtype), dhead_VD + update
+        dhead_VD = dhead_VD.at[ids.reshape(-1)].add(update.reshape(-1, width))
+    else:
+        dhidden = jnp.einsum("ncv,vd->ncd", dlogits, head.weight, preferred_element_type=dtype)
+        dlogits_VC = dlogits.reshape(-1, dlogits.shape[-1]).T
+        dlogits_VC = lax.platform_dependent(dlogits_VC, cpu=_row_major, default=lambda x: x)
+        update = jnp.einsum("vc,cd->vd", dlogits_VC, h_NCD.reshape(-1, width), preferred_element_type=dtype)
+        dhead_VD = dhead_VD + update
+    # Parts of a sum over vocabulary shards are not rounded before they meet.
+    return dhidden if plan.vocab_axes else dhidden.astype(h_NCD.dtype), dhead_VD
 
 
 def _row_major(x: Array) -> Array:
@@ -283,44 +288,58 @@ def _row_major(x: Array) -> Array:
     return with_layout_constraint(x, MemoryLayout(major_to_minor=tuple(range(x.ndim))))
 
 
-def _logits(plan: _Plan, h_CD: Array, head_VD: Array) -> Array:
+def _logits(words: Vocabulary, readout: Readout, h_CD: Array, head: _Head) -> Array:
     dtype = jnp.promote_types(h_CD.dtype, jnp.float32)
-    logits = jnp.einsum("cd,vd->cv", h_CD, head_VD, preferred_element_type=dtype)
-    if plan.vocab == head_VD.shape[0]:
-        return logits
-    return jnp.where(jnp.arange(head_VD.shape[0]) < plan.vocab, logits, FILL)
+    products = jnp.einsum("cd,vd->cv", h_CD, head.weight, preferred_element_type=dtype)
+    logits = readout(products if head.bias is None else products + head.bias)
+    everywhere = math.prod([lax.axis_size(a) for a in words.axes]) * words.columns
+    return logits if words.valid == everywhere else words.mask(logits)
 
 
-def _logits_at(h_CD: Array, head_VD: Array, logits_CV: Array | None, ids_CK: Array) -> Array:
+def _logits_at(
+    words: Vocabulary, readout: Readout, h_CD: Array, head: _Head, logits_CV: Array | None, ids_CK: Array
+) -> Array:
     if logits_CV is not None:
-        return jnp.take_along_axis(logits_CV, ids_CK, -1)
+        return words.take(logits_CV, ids_CK)
     dtype = jnp.promote_types(h_CD.dtype, jnp.float32)
-    return jnp.einsum("cd,ckd->ck", h_CD, head_VD[ids_CK], preferred_element_type=dtype)
+    rows, here = words.local(ids_CK)
+    products = jnp.einsum("cd,ckd->ck", h_CD, head.weight[rows], preferred_element_type=dtype)
+    products = products if head.bias is None else products + head.bias[rows]
+    return readout(words.sum(jnp.where(here, products, 0)))
 
 
-def _on_shards(plan: _Plan, f: Any, out: tuple[Axes, ...]) -> Any:
-    """f(hidden, heads, tokens) on the tokens of each batch shard; the tensor axis stays with the compiler."""
-    if plan.layout is None or not plan.batch_axes:
+def _on_shards(plan: Plan, f: Any, out: tuple[Axes, ...]) -> Any:
+    """f(hidden, heads, tokens) on the tokens of each batch shard and the part of the heads of each vocabulary shard."""
+    if plan.layout is None or not plan.batch_axes + plan.vocab_axes:
         return f
-    batch, whole, *outputs = (plan.layout.spec(axes) for axes in (("batch",), (), *out))
+    batch, vocab, *outputs = (plan.layout.spec(axes) for axes in (("batch",), ("vocab",), *out))
     return jax.shard_map(
-        f,
-        mesh=plan.layout.mesh,
-        in_specs=(batch, whole, batch),
-        out_specs=tuple(outputs),
-        axis_names=set(plan.batch_axes),
-        check_vma=False,
+        f, mesh=plan.layout.mesh, in_specs=(batch, vocab, batch), out_specs=tuple(outputs), check_vma=False
     )
 
 
-def _prepare_heads(plan: _Plan, hidden_BTD: Array, head_VD: Array, teacher_head_VE: Array, x: _Tokens) -> _Heads:
+def _prepare_heads(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> _Heads:
     """Both heads cut to the narrower, cast for the products, and only then gathered over fsdp."""
-    rows = min(head_VD.shape[0], teacher_head_VE.shape[0])
-    heads = head_VD[:rows].astype(hidden_BTD.dtype), teacher_head_VE[:rows].astype(x.teacher_hidden.dtype)
-    return _Heads(*(constrain(w, _fit(plan.layout, w.shape, ("vocab", None)), plan.layout) for w in heads))
+    rows = min(head_VD.shape[0], fixed.teacher_head.shape[0])
+    shards = math.prod(plan.layout.mesh.shape[a] for a in plan.vocab_axes) if plan.layout else 1
+
+    def prepare(x: Array | None, dtype: Any) -> Any:
+        if x is None:
+            return None
+        x = x[:rows].astype(dtype)
+        x = jnp.pad(x, [(0, -rows % shards)] + [(0, 0)] * (x.ndim - 1))
+        return constrain(x, ("vocab", *[None] * (x.ndim - 1)), plan.layout)
+
+    dtypes = hidden_BTD.dtype, fixed.tokens.teacher_hidden.dtype
+    weights = (prepare(w, t) for w, t in zip((head_VD, fixed.teacher_head), dtypes, strict=True))
+    biases = (
+        prepare(b, jnp.promote_types(t, jnp.float32))
+        for b, t in zip((fixed.student_bias, fixed.teacher_bias), dtypes, strict=True)
+    )
+    return _Heads(*map(_Head, weights, biases))
 
 
-def _split(plan: _Plan, hidden_BTD: Array, x: _Tokens) -> tuple[Array, _Tokens]:
+def _split(plan: Plan, hidden_BTD: Array, x: Tokens) -> tuple[Array, Tokens]:
     """[B, T, ...] → [chunk, tile, C, ...], padded with masked tokens."""
     tokens = x.tokens.size
     tile = min(plan.tile, tokens)
@@ -350,48 +369,3 @@ def _fit(layout: Layout | None, shape: tuple[int, ...], axes: Axes) -> Axes:
     table = dict(layout.table)
     ways = [math.prod(layout.mesh.shape[a] for a in table.get(name, ())) if name else 1 for name in axes]
     return tuple(None if size % n else name for size, n, name in zip(shape, ways, axes, strict=True))
-
-
-def _plan(
-    head_VD: Array,
-    teacher_head_VE: Array,
-    objective: Objective,
-    vocab_size: int | None,
-    topk_ids: Array | None,
-    chunk: int,
-    tile: int | None,
-    layout: Layout | None,
-) -> _Plan:
-    width = min(head_VD.shape[0], teacher_head_VE.shape[0])
-    if vocab_size is not None and vocab_size > width:
-        raise InputError(
-            f"vocab_size = {vocab_size}, but the heads have {head_VD.shape[0]} (student) and "
-            f"{teacher_head_VE.shape[0]} (teacher) rows: both must cover the "
-            "tokenizer. Use a teacher with the student's tokenizer."
-        )
-    if (
-        topk_ids is not None
-        and objective.name.startswith("topk")
-        and topk_ids.shape[-1] < min(objective.k, vocab_size or width)
-    ):
-        raise InputError(
-            f"topk_ids holds {topk_ids.shape[-1]} ids a token, objective.k is {objective.k}: "
-            "let the rollout return at least objective.k ids."
-        )
-    if tile is None:
-        platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
-        tile = 32 if platform == "cpu" else 256
-    return _Plan(objective, vocab_size or width, topk_ids is not None, chunk, tile, layout)
-
-
-def _check(plan: _Plan, h_BTD: Array, head_VD: Array, t_BTE: Array, head_VE: Array, tokens: Array, mask: Array) -> None:
-    for what, hidden, head in (("student", h_BTD, head_VD), ("teacher", t_BTE, head_VE)):
-        if hidden.shape != (*tokens.shape, head.shape[1]):
-            raise InputError(
-                f"{what} hidden states have shape {hidden.shape}, expected {(*tokens.shape, head.shape[1])}: "
-                f"[B, T] of the tokens and the width of the {what}'s head {head.shape}."
-            )
-    if mask.shape != tokens.shape:
-        raise InputError(f"mask has shape {mask.shape}, expected that of the tokens, {tokens.shape}.")
-    if plan.layout is not None:
-        plan.layout.check("tokens", tokens.shape, ("batch", None))

@@ -8,26 +8,34 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from opd_jax.losses.reference import FILL
+from opd_jax.losses.reference import FILL, kl_estimators
 from opd_jax.losses.supports import contains
+from opd_jax.losses.vocabulary import Vocabulary
 from opd_jax.types import Metrics
-
-BY_POSITION = ("overlap_ratio", "entropy_gap", "student_entropy", "teacher_entropy", "reverse_kl")
 
 
 def token_metrics(
-    s_CV: Float[Array, "C V"], t_CV: Float[Array, "C V"], ids_p: Int[Array, "C k"], ids_q: Int[Array, "C k"]
+    words: Vocabulary,
+    s_CV: Float[Array, "C V"],
+    t_CV: Float[Array, "C V"],
+    ids_p: Int[Array, "C k"],
+    ids_q: Int[Array, "C k"],
+    tokens_C: Int[Array, "C"],
 ) -> dict[str, Array]:
     """Every metric at each position, from logits at temperature 1 and both top-k lists (Eqs. 6-10, App. B.2).
 
     Entropies and divergences in nats. ``overlap_advantage`` is 0 where the lists share no id: Eq. 7 has no value there.
     """
-    lse_s, lse_t = jax.nn.logsumexp(s_CV, -1, keepdims=True), jax.nn.logsumexp(t_CV, -1, keepdims=True)
+    lse_s, lse_t = words.logsumexp(s_CV)[:, None], words.logsumexp(t_CV)[:, None]
     logp_CV, logq_CV = s_CV - lse_s, t_CV - lse_t
     p_CV, q_CV = jnp.exp(logp_CV), jnp.exp(logq_CV)
-    entropy_p, entropy_q = -(p_CV * logp_CV).sum(-1), -(q_CV * logq_CV).sum(-1)
+    sums = [-p_CV * logp_CV, -q_CV * logq_CV, p_CV * (logp_CV - logq_CV), q_CV * (logq_CV - logp_CV)]
+    entropy_p, entropy_q, reverse, forward = words.sum(jnp.stack([x.sum(-1) for x in sums]))
 
-    logp, logq = jnp.take_along_axis(s_CV, ids_p, -1) - lse_s, jnp.take_along_axis(t_CV, ids_p, -1) - lse_t
+    at = jnp.concatenate([ids_p, tokens_C[:, None]], -1)
+    logp, logq = words.take(s_CV, at) - lse_s, words.take(t_CV, at) - lse_t
+    estimates = kl_estimators(logp[:, -1], logq[:, -1])
+    logp, logq = logp[:, :-1], logq[:, :-1]
     shared = contains(ids_q, ids_p)
     size = shared.sum(-1)
     logp_I = jax.nn.log_softmax(jnp.where(shared, logp, FILL))
@@ -45,8 +53,9 @@ def token_metrics(
         "teacher_entropy": entropy_q,
         "overlap_mass_student": jnp.where(shared, jnp.exp(logp), 0).sum(-1),
         "overlap_mass_teacher": jnp.where(shared, jnp.exp(logq), 0).sum(-1),
-        "reverse_kl": (p_CV * (logp_CV - logq_CV)).sum(-1),
-        "forward_kl": (q_CV * (logq_CV - logp_CV)).sum(-1),
+        "reverse_kl": reverse,
+        "forward_kl": forward,
+        **estimates,
         "extreme_advantage_gap": gap,
         "argmax_agreement": (ids_p[..., 0] == ids_q[..., 0]).astype(logp.dtype),
     }
@@ -54,15 +63,14 @@ def token_metrics(
 
 def reduce_metrics(values_BT: dict[str, Array], mask_BT: Array, bins: int) -> Metrics:
     """(sum, count) of each metric over the mask, and ``NAME_by_position`` over equal bins of the T positions."""
+    if not values_BT:
+        return {}
     steps = mask_BT.shape[1]
     bin_T = np.arange(steps) * bins // steps
-    metrics: Metrics = {}
-    for name, value_BT in values_BT.items():
-        keep_BT = mask_BT & (values_BT["overlap_ratio"] > 0) if name == "overlap_advantage" else mask_BT
-        sum_T = jnp.where(keep_BT, value_BT, 0).sum(0)
-        count_T = keep_BT.sum(0, dtype=sum_T.dtype)
-        metrics[name] = (sum_T.sum(), count_T.sum())
-        if name in BY_POSITION:
-            zero = jnp.zeros(bins, sum_T.dtype)
-            metrics[f"{name}_by_position"] = (zero.at[bin_T].add(sum_T), zero.at[bin_T].add(count_T))
-    return metrics
+    keeps = [mask_BT & (values_BT["overlap_ratio"] > 0) if n == "overlap_advantage" else mask_BT for n in values_BT]
+    sums_MT = jnp.stack([jnp.where(keep, x, 0).sum(0) for keep, x in zip(keeps, values_BT.values(), strict=True)])
+    counts_MT = jnp.stack([keep.sum(0, dtype=sums_MT.dtype) for keep in keeps])
+    zero = jnp.zeros((len(keeps), bins), sums_MT.dtype)
+    sums_MP, counts_MP = (zero.at[:, bin_T].add(x) for x in (sums_MT, counts_MT))
+    metrics: Metrics = {n: (sums_MT[i].sum(), counts_MT[i].sum()) for i, n in enumerate(values_BT)}
+    return metrics | {f"{n}_by_position": (sums_MP[i], counts_MP[i]) for i, n in enumerate(values_BT)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from opd_jax.config import Objective
-from opd_jax.losses.reference import FILL, divergence, score_function
+from opd_jax.losses.reference import FILL, divergence, policy_gradient, score_function
 
 # Measured on CPU at V = 49,152, k = 16: blocks of 32 take a quarter of the time of lax.top_k, of 128 half.
 _BLOCK = 32
@@ -54,45 +56,45 @@ def contains(ids: Int[Array, "C k"], wanted: Int[Array, "C j"]) -> Bool[Array, "
     return (wanted[..., :, None] == ids[..., None, :]).any(-1)
 
 
-def renormalised_loss(
-    s_CK: Float[Array, "C K"], t_CK: Float[Array, "C K"], member_CK: Bool[Array, "C K"], objective: Objective
-) -> Float[Array, "C"]:
-    """Divergence of both sides renormalised over the support (Eq. 5); it needs the logits of the support only."""
-    logp = jax.nn.log_softmax(jnp.where(member_CK, s_CK, FILL))
-    logq = jax.nn.log_softmax(jnp.where(member_CK, t_CK, FILL))
-    return divergence(logp, logq, objective).sum(-1)
+class Picks(NamedTuple):
+    """What a loss other than the full divergence reads of one side's logits, at each token."""
+
+    support: Float[Array, "C K"] | None = None  # logits of the support
+    token: Float[Array, "C"] | None = None  # logit of the sampled token
+    lse: Float[Array, "C"] | None = None  # log-sum-exp of all logits
+    rest: Float[Array, "C"] | None = None  # log-sum-exp of those outside of the support
 
 
-def partial_loss(
-    s_CV: Float[Array, "C V"],
-    t_CV: Float[Array, "C V"],
-    ids_CK: Int[Array, "C K"],
-    member_CK: Bool[Array, "C K"],
+def token_loss(
     objective: Objective,
+    student: Picks,
+    teacher: Picks,
+    member_CK: Any,  # Bool[Array, "C K"] | None
+    behaviour_logp: Float[Array, "C"] | None = None,
+    advantages: Float[Array, "C"] | None = None,
 ) -> Float[Array, "C"]:
-    """The top-k losses that need the partition function: unnormalised, with a tail bucket, ``topk_reference``."""
-    s_CK, t_CK = jnp.take_along_axis(s_CV, ids_CK, -1), jnp.take_along_axis(t_CV, ids_CK, -1)
-    lse_s, lse_t = jax.nn.logsumexp(s_CV, -1, keepdims=True), jax.nn.logsumexp(t_CV, -1, keepdims=True)
-    logp, logq = s_CK - lse_s, t_CK - lse_t
+    """Loss of each token on its support or its sampled token (0 for name=full), and the part of ``advantages``."""
+    s: Any = student
+    t: Any = teacher
+    policy: Any = 0.0
+    if objective.name == "sampled" or advantages is not None:
+        logp = s.token - s.lse
+        cost = logp - (t.token - t.lse) if objective.name == "sampled" else jnp.zeros_like(logp)
+        cost = cost if advantages is None else cost - advantages
+        policy = policy_gradient(logp, cost, behaviour_logp, objective)
+    if not objective.name.startswith("topk"):
+        return policy
+    logp_S = jax.nn.log_softmax(jnp.where(member_CK, s.support, FILL))
+    logq_S = jax.nn.log_softmax(jnp.where(member_CK, t.support, FILL))
+    if objective.name == "topk" and objective.normalise and not objective.tail:
+        return policy + divergence(logp_S, logq_S, objective).sum(-1)
+    logp, logq = s.support - s.lse[:, None], t.support - t.lse[:, None]
     if objective.name == "topk_reference":
-        weight = jnp.exp(jax.nn.log_softmax(jnp.where(member_CK, s_CK, FILL)) if objective.normalise else logp)
-        return jnp.where(member_CK, score_function(logp, weight * (logp - logq)), 0).sum(-1)
+        weight = jnp.exp(logp_S if objective.normalise else logp)
+        return policy + jnp.where(member_CK, score_function(logp, weight * (logp - logq)), 0).sum(-1)
     if not objective.tail:
-        return jnp.where(member_CK, divergence(logp, logq, objective), 0).sum(-1)
+        return policy + jnp.where(member_CK, divergence(logp, logq, objective), 0).sum(-1)
     # The mass outside is summed directly: 1 - mass(S) has no correct digit left where S holds nearly everything.
-    rest_p = _lse_outside(s_CV, ids_CK, member_CK) - lse_s
-    rest_q = _lse_outside(t_CV, ids_CK, member_CK) - lse_t
-    logp = jnp.concatenate([jnp.where(member_CK, logp, FILL), rest_p], -1)
-    logq = jnp.concatenate([jnp.where(member_CK, logq, FILL), rest_q], -1)
-    return divergence(logp, logq, objective).sum(-1)
-
-
-def _lse_outside(x_CV: Array, ids_CK: Array, member_CK: Array) -> Array:
-    # Added, not set: a placeholder may repeat the id of a member.
-    excluded = jax.vmap(add_at)(x_CV, ids_CK, jnp.where(member_CK, FILL, 0).astype(x_CV.dtype))
-    return jax.nn.logsumexp(excluded, -1, keepdims=True)
-
-
-def add_at(x: Array, ids: Array, update: Array) -> Array:
-    """x with ``update`` added at the rows ``ids``, repeated ids adding up."""
-    return x.at[ids].add(update)
+    logp = jnp.concatenate([jnp.where(member_CK, logp, FILL), (s.rest - s.lse)[:, None]], -1)
+    logq = jnp.concatenate([jnp.where(member_CK, logq, FILL), (t.rest - t.lse)[:, None]], -1)
+    return policy + divergence(logp, logq, objective).sum(-1)
