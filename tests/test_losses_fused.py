@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from opd_jax.errors import InputError
-from opd_jax.losses import Objective, distillation_loss, reference_loss, token_losses
+from opd_jax.losses import Objective, Readout, distillation_gradient, distillation_loss, reference_loss, token_losses
 from opd_jax.losses.supports import top_k
 from opd_jax.mesh import Layout, make_mesh
 
@@ -62,24 +62,60 @@ def test_chunks_and_tiles_do_not_matter():
 
 
 @functools.cache
-def on_one_device():
-    return jax.device_get(jit(for_meshes(None))(*problem(vocab=48)))
+def on_one_device(vocab):
+    return jax.device_get(jit(for_meshes(None))(*problem(vocab=vocab)))
 
 
 def for_meshes(layout):
-    full = gradients(FULL, layout=layout, tile=2, chunk=4)
-    eq5 = gradients(EQ5, layout=layout, tile=2, metrics=False, topk_ids=jnp.tile(jnp.arange(5), (8, 6, 1)))
-    return lambda *x: (full(*x), eq5(*x))
+    r = np.random.default_rng(7)
+    behaviour, advantages, bias = -r.uniform(1, 3, (8, 6)), r.normal(size=(8, 6)), r.normal(size=64)
+    runs = [
+        gradients(FULL, layout=layout, tile=2, chunk=4),
+        gradients(EQ5, layout=layout, tile=2, metrics=False, topk_ids=jnp.tile(jnp.arange(5), (8, 6, 1))),
+        gradients(TAIL, layout=layout, tile=2, metrics=False),
+        gradients(Objective(name="topk", k=5, support="overlap"), layout=layout, metrics=False),
+        gradients(
+            Objective(name="sampled", correction="tis"), layout=layout, metrics=False,
+            behaviour_logp=jnp.float32(behaviour), advantages=jnp.float32(advantages),
+        ),
+    ]  # fmt: skip
+
+    def run(*x):
+        readout = Readout(jnp.float32(bias[: x[1].shape[0]]), softcap=4.0)
+        more = [gradients(o, layout=layout, metrics=False, student_readout=readout, topk_ids=i) for o, i in capped]
+        return [f(*x) for f in [*runs, *more]]
+
+    ids = jnp.tile(jnp.arange(3, 8), (8, 6, 1))
+    capped = [(FULL, None), (EQ5, ids)]
+    return run
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_meshes_do_not_matter(shape):
+@pytest.mark.parametrize(
+    ("shape", "vocab"), [((8, 1, 1), 48), ((1, 8, 1), 48), ((2, 2, 2), 48), ((1, 1, 8), 48), ((1, 2, 4), 41)]
+)
+def test_meshes_do_not_matter(shape, vocab):
     layout = Layout(make_mesh(*shape))
-    sharded = [jax.device_put(x, layout.sharding(a)) for x, a in zip(problem(vocab=48), AXES, strict=True)]
+    split = [a if all(n % 8 == 0 for n in x.shape[:1]) else () for x, a in zip(problem(vocab), AXES, strict=True)]
+    sharded = [jax.device_put(x, layout.sharding(a)) for x, a in zip(problem(vocab), split, strict=True)]
     got = jit(for_meshes(layout))(*sharded)
-    close(jax.device_get(got), on_one_device())
+    close(jax.device_get(got), on_one_device(vocab))
     assert got[0][1][0].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(AXES[0])), 3)
-    assert got[0][1][1].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(AXES[1])), 2)
+    if vocab == 48:
+        assert got[0][1][1].sharding.is_equivalent_to(NamedSharding(layout.mesh, layout.spec(AXES[1])), 2)
+
+
+def test_logits_stay_in_their_vocabulary_shard():
+    layout = Layout(make_mesh(1, 2, 4))
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(a))
+        for x, a in zip(problem(vocab=4096), AXES, strict=True)
+    ]
+    run = gradients(Objective(name="topk", k=5, support="union", tail=True), layout=layout)
+    text = str(jit(run).lower(*shapes).compile().as_text())
+    gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? (?:all-gather|all-to-all)", text)
+    assert gathered
+    wide = [shape for _, shape in gathered if "4096" in shape.split(",")]
+    assert not wide, "only the heads are gathered, over fsdp, a quarter each"
 
 
 def test_no_collective_inside_the_scan():
@@ -181,6 +217,10 @@ def test_head_gradient_accumulates_in_float32():
     total = run(many[0].astype(bf16), w, many[1].astype(bf16), u, *many[2:])[1][1]
     assert total.dtype == jnp.float32
     close(total, n * one, 1e-4)
+    x = (many[0].astype(bf16), w.astype(bf16), many[1].astype(bf16), u, *many[2:])
+    *_, (_, exact) = jit(lambda *x: distillation_gradient(*x, objective=FULL, chunk=4, tile=4))(*x)
+    assert exact.dtype == jnp.float32, "also where the head itself is bfloat16"
+    close(exact, n * one, 1e-4)
 
 
 def test_teacher_gets_no_gradient():
@@ -226,5 +266,13 @@ def test_bad_input_is_named():
         distillation_loss(h, w, h, u, y, mask, FULL)
     with pytest.raises(InputError, match="mask has shape"):
         distillation_loss(h, w, g, u, y, mask[:, 1:], FULL)
+    with pytest.raises(InputError, match="needs behaviour_logp"):
+        distillation_loss(h, w, g, u, y, mask, Objective(name="sampled", correction="tis"))
+    with pytest.raises(InputError, match="weights a policy gradient"):
+        distillation_loss(h, w, g, u, y, mask, Objective(correction="tis"), behaviour_logp=jnp.zeros((8, 6)))
+    with pytest.raises(InputError, match="advantages has shape"):
+        distillation_loss(h, w, g, u, y, mask, FULL, advantages=jnp.zeros((8, 5)))
+    with pytest.raises(InputError, match="bias of student_readout"):
+        distillation_loss(h, w, g, u, y, mask, FULL, student_readout=Readout(jnp.zeros(40)))
     with pytest.raises(InputError, match="axis 'batch' has size 6"):
         distillation_loss(h[:6], w, g[:6], u, y[:6], mask[:6], FULL, layout=Layout(make_mesh(8, 1, 1)))

@@ -1,5 +1,6 @@
 """Every objective in value and gradient: closed forms in NumPy float64, the facts of the paper, peers' numbers."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.losses import Objective, distillation_loss, reference_loss, token_losses
+from opd_jax.losses import Objective, Readout, distillation_loss, position_weights, reference_loss, token_losses
 
 SUPPORTS = ("student", "teacher", "overlap", "non_overlap", "union")
 DIVERGENCES = (
     dict(divergence="reverse"),
     dict(divergence="forward"),
     dict(divergence="jsd", beta=0.1),
+    dict(divergence="skew", alpha=0.3),
 )
 CLOSURES = (dict(normalise=True), dict(normalise=False), dict(tail=True))
-SKEW = dict(divergence="skew", alpha=0.3)
 CASES: list[dict[str, Any]] = [
     dict(name="sampled"),
     *(dict(name="full", **d) for d in DIVERGENCES),
     *(dict(name="full", divergence="jsd", beta=b) for b in (0.0, 0.5, 1.0)),
-    dict(name="full", **SKEW),
-    *(dict(name="topk", k=5, **SKEW, **c) for c in CLOSURES),
     dict(name="full", temperature=1.7),
     *(dict(name="topk", k=5, support=s, **d, **c) for s in SUPPORTS for d in DIVERGENCES for c in CLOSURES),
     dict(name="topk", k=5, support="union", tail=True, temperature=0.6),
     *(dict(name="topk_reference", k=5, support=s, normalise=n) for s in SUPPORTS for n in (True, False)),
 ]
+EVERY = [(distillation_loss, v, t) for v in (7, 41, 1000, 4099) for t in ("float64", "float32", "bfloat16")]
+EVERY += [(reference_loss, v, "float64") for v in (7, 41, 1000, 4099)]
 ORACLES = Path(__file__).parents[2] / "shared/oracles/peer_losses.npz"
 
 
@@ -103,12 +104,16 @@ def problem(vocab, seed=0, batch=3, steps=4, width=6, teacher_width=9) -> Any:
 
 def expected(h, w, g, u, y, mask, o, ids=None):
     """Loss sum and gradients in hidden and head."""
-    s, t = h @ w.T, g @ u.T
+    loss, dlogits = expected_in_logits(h @ w.T, g @ u.T, y, mask, o, ids)
+    return loss, dlogits @ w, np.einsum("btv,btd->vd", dlogits, h)
+
+
+def expected_in_logits(s, t, y, mask, o, ids=None):
     loss, dlogits = 0.0, np.zeros_like(s)
     for i in zip(*np.nonzero(mask), strict=True):
         value, dlogits[i] = closed_form(s[i], t[i], y[i], o, None if ids is None else ids[i])
         loss += value
-    return loss, dlogits @ w, np.einsum("btv,btd->vd", dlogits, h)
+    return loss, dlogits
 
 
 def actual(loss_fn, inputs, cases, **options):
@@ -131,7 +136,7 @@ def fused(inputs, cases, **options):
 
 
 def check(got, want, tolerance, case):
-    for a, b, what in zip(got, want, ("loss", "hidden", "head"), strict=True):
+    for a, b, what in zip(got, want, ("loss", "hidden", "head"), strict=False):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()), err_msg=f"{case} {what}")
 
 
@@ -154,21 +159,32 @@ def test_closed_forms_in_float64(loss_fn, vocab, cases):
         check(got, expected(*inputs, o=Objective(**case)), 1e-10, case)
 
 
-def test_float32_and_bfloat16():
-    exact = problem(41, seed=1)
-    h, w, g, u, y, mask = exact
-    w_single = w.astype("f4")
-    single = (h.astype("f4"), w_single, g.astype("f4"), u.astype("f4"), y, mask)
-    half = (jnp.bfloat16(h), w_single, jnp.bfloat16(g), jnp.bfloat16(u), y, mask)
-    rounded: Any = (*(np.asarray(jnp.bfloat16(x), float) for x in (h, w, g, u)), y, mask)
-    cases = CASES[::10]
-    for case, in_single, in_half in zip(cases, fused(single, cases), fused(half, cases), strict=True):
-        check(in_single, expected(*exact, o=Objective(**case)), 1e-5, case)
+def check_rounded(vocab, dtype, cases):
+    """Inputs rounded to ``dtype`` (master weights of the head in float32) against float64 on the rounded inputs."""
+    *arrays, y, mask = problem(vocab, seed=1)
+    inputs = [jnp.asarray(x, dtype) for x in arrays]
+    rounded: Any = (*(np.asarray(x, float) for x in inputs), y, mask)
+    inputs[1] = inputs[1].astype(jnp.float32)
+    for case, got in zip(cases, fused((*inputs, y, mask), cases), strict=True):
         want = expected(*rounded, o=Objective(**case))
-        assert [x.dtype for x in in_half] == [jnp.float32, jnp.bfloat16, jnp.float32]
-        assert abs(in_half[0] - want[0]) <= 1e-5 * max(1, abs(want[0]))
-        for a, b in zip(in_half[1:], want[1:], strict=True):
+        assert [x.dtype for x in got] == [jnp.float32, dtype, jnp.float32]
+        check(got[:1] if dtype == "bfloat16" else got, want, 1e-5, case)
+        for a, b in zip(got[1:], want[1:], strict=True):
             assert np.linalg.norm(np.asarray(a, float) - b) <= 1e-2 * np.linalg.norm(b), case
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_inputs(dtype):
+    check_rounded(41, dtype, CASES[::10])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("loss_fn", "vocab", "dtype"), EVERY)
+def test_every_objective_support_divergence_and_closure(loss_fn, vocab, dtype):
+    if dtype == "float64":
+        test_closed_forms_in_float64(loss_fn, vocab, CASES)
+    else:
+        check_rounded(vocab, dtype, CASES)
 
 
 def test_given_ids_are_the_students_support():
@@ -187,6 +203,126 @@ def test_given_ids_are_the_students_support():
     for case, *results_of_case in results:
         for got in results_of_case:
             check(got, expected(*inputs, o=Objective(**case), ids=ids), 1e-10, case)
+
+
+CORRECTIONS = {
+    "importance": lambda r, cost: r,
+    "ppo": lambda r, cost: r if (r < 1.3 if cost < 0 else r > 0.6) else 0.0,
+    "tis": lambda r, cost: min(r, 1.3),
+    "icepop": lambda r, cost: r if 0.6 <= r <= 1.3 else 0.0,
+}
+
+
+@pytest.mark.parametrize("loss_fn", [distillation_loss, reference_loss])
+def test_corrections_and_advantages(loss_fn):
+    h, w, g, u, y, mask = problem(41)
+    r = np.random.default_rng(2)
+    s, t = h @ w.T, g @ u.T
+    logp, logq = (np.log(softmax(z)) for z in (s, t))
+    behaviour = np.take_along_axis(logp, y[..., None], -1)[..., 0] + 0.5 * r.normal(size=y.shape)
+    reward, weights = r.normal(size=y.shape), r.uniform(size=y.shape)
+    bounds = {"ppo": (0.6, 1.3), "tis": (None, 1.3), "icepop": (0.6, 1.3)}
+    cases: list[dict[str, Any]] = []
+    for name in CORRECTIONS:
+        low, high = bounds.get(name, (None, None))
+        base = dict(correction=name, ratio_low=low, ratio_high=high)
+        cases += [dict(base, name="sampled"), dict(base, name="full"), dict(base, name="topk", k=5)]
+    optional = dict(behaviour_logp=behaviour, advantages=reward, weights=weights)
+    with jax.enable_x64(True):
+        results = (fused if loss_fn is distillation_loss else functools.partial(actual, loss_fn))(
+            (h, w, g, u, y, mask), cases, **jax.tree.map(jnp.asarray, optional)
+        )
+    outcomes = set()
+    for case, got in zip(cases, results, strict=True):
+        o = Objective(**case)
+        dlogits = np.zeros_like(s)
+        total = 0.0
+        for i in zip(*np.nonzero(mask), strict=True):
+            value, slope = (0.0, 0.0) if o.name == "sampled" else closed_form(s[i], t[i], y[i], o)
+            cost = -reward[i] + (logp[i] - logq[i])[y[i]] * (o.name == "sampled")
+            ratio = np.exp(logp[i][y[i]] - behaviour[i])
+            weight = CORRECTIONS[o.correction](ratio, cost)
+            clipped = max(ratio * cost, np.clip(ratio, 0.6, 1.3) * cost) if o.correction == "ppo" else weight * cost
+            total += weights[i] * (value + clipped)
+            dlogits[i] = weights[i] * (slope + weight * cost * (np.eye(41)[y[i]] - np.exp(logp[i])))
+            outcomes.add((o.correction, weight == ratio))
+        check(got, (total, dlogits @ w, np.einsum("btv,btd->vd", dlogits, h)), 1e-10, case)
+    assert len(outcomes) == 7, "every correction but plain importance must have changed some weight, and kept some"
+
+
+def test_on_policy_corrections_change_nothing():
+    h, w, g, u, y, mask = problem(41)
+    with jax.enable_x64(True):
+        behaviour = jnp.log(softmax(h @ w.T))[np.arange(3)[:, None], np.arange(4), y]
+        plain, *corrected = fused(
+            (h, w, g, u, y, mask),
+            [dict(name="sampled", correction=c) for c in ("none", *CORRECTIONS)],
+            behaviour_logp=behaviour,
+        )
+    for got in corrected:
+        check(got, plain, 1e-12, "ratio 1")
+
+
+def test_corrected_gradient_is_unbiased_off_policy():
+    h, w, g, u, *_ = problem(41)
+    p = softmax(h[0, 0] @ w.T)
+    mu = np.random.default_rng(3).dirichlet(np.full(41, 2.0))
+    state = [np.tile(x[0, 0], (1, 41, 1)) for x in (h, g)]
+    inputs = (state[0], w, state[1], u, np.arange(41)[None], np.ones((1, 41), bool))
+    with jax.enable_x64(True):
+        behaviour = jnp.asarray(np.log(mu)[None])
+        importance, stale, full = fused(
+            inputs,
+            [dict(name="sampled", correction="importance"), dict(name="sampled"), dict()],
+            behaviour_logp=behaviour,
+        )
+    np.testing.assert_allclose(mu @ importance[1][0], full[1][0, 0], atol=1e-12)
+    assert np.abs(mu @ stale[1][0] - full[1][0, 0]).max() > 1e-2
+    assert np.abs(p @ stale[1][0] - full[1][0, 0]).max() < 1e-12
+
+
+@pytest.mark.parametrize("loss_fn", [distillation_loss, reference_loss])
+def test_readouts_with_bias_scale_and_cap(loss_fn):
+    h, w, g, u, y, mask = problem(41)
+    r = np.random.default_rng(4)
+    (b, c) = r.normal(size=(2, 41))
+    cases: list[dict[str, Any]] = [
+        dict(),
+        dict(name="sampled"),
+        dict(name="topk", k=5),
+        dict(name="topk", temperature=0.7),
+    ]
+    raw_s, raw_t = 0.5 * (h @ w.T + b), g @ u.T + c
+    s, t = 3 * np.tanh(raw_s / 3), raw_t
+    with jax.enable_x64(True):
+        readouts = dict(
+            student_readout=Readout(jnp.asarray(b), scale=0.5, softcap=3.0), teacher_readout=Readout(jnp.asarray(c))
+        )
+        ids = jnp.asarray(np.argsort(-s, axis=-1, kind="stable"))
+        runs = [fused, functools.partial(fused, topk_ids=ids)]
+        if loss_fn is reference_loss:
+            runs = [functools.partial(actual, reference_loss)]
+        results = [run((h, w, g, u, y, mask), cases, **readouts) for run in runs]
+    for result in results:
+        for case, got in zip(cases, result, strict=True):
+            total, slope = expected_in_logits(s, t, y, mask, Objective(**case))
+            slope = slope * 0.5 * (1 - np.tanh(raw_s / 3) ** 2)
+            check(got, (total, slope @ w, np.einsum("btv,btd->vd", slope, h)), 1e-10, case)
+
+
+def test_weights_of_positions():
+    got = position_weights(jnp.asarray([4, 2]), 5, discount=0.5, skip=1, depth=2.0)
+    np.testing.assert_allclose(got, [[0, 0.5 * 1.5, 0.25 * 2, 0.125 * 2.5, 0], [0, 0.5 * 2, 0, 0, 0]])
+    h, w, g, u, y, mask = problem(41)
+    with jax.enable_x64(True):
+        arrays: Any = tuple(map(jnp.asarray, (h, w, g, u, y, mask)))
+        weights = jnp.asarray(np.random.default_rng(5).uniform(size=y.shape))
+        losses = token_losses(*arrays, objective=Objective())
+        (total, count), metrics = distillation_loss(*arrays, objective=Objective(), weights=weights)
+        got = jax.device_get((losses, weights, total, count, metrics["reverse_kl"]))
+    losses, weights, total, count, reverse_kl = got
+    np.testing.assert_allclose([total, count], [(losses * weights).sum(), (weights * mask).sum()])
+    np.testing.assert_allclose(reverse_kl, [losses.sum(), mask.sum()])
 
 
 def test_limits_of_the_support():

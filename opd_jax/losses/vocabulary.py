@@ -28,8 +28,8 @@ class Readout:
 
     def pull_back(self, dz: Array, z: Array) -> Array:
         """dloss/dproducts from dloss/dz at the logits z."""
-        if self.softcap is not None:
-            dz = dz * (1 - (z / self.softcap) ** 2)
+        if self.softcap is not None:  # clipped: a padding id's logit is far outside of the cap
+            dz = dz * (1 - (z / self.softcap).clip(-1, 1) ** 2)
         return dz * self.scale if self.scale != 1 else dz
 
 
