@@ -147,6 +147,7 @@ class Config(Strict):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
     micro_batch: PositiveInt | None = None  # sequences per gradient pass; None: all at once
     remat: bool = True  # recompute layer activations in the backward pass
+    metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """Mistakes found in other systems, by the numbers of the list that this project keeps; each test would catch one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np

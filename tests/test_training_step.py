@@ -23,6 +23,8 @@ from opd_jax.models.hf import load_model, save_model
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
 from opd_jax.teacher import make_score
+from opd_jax.tracking.run_dir import existing_run, read_rows
+from opd_jax.training.loop import train
 from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.training.state import TrainState, create_state, state_shardings
 from opd_jax.training.step import global_gradient, make_update
@@ -256,3 +258,19 @@ def test_nan_where_nothing_is_trained_does_not_matter() -> None:
     want = gradient(opd, params, rollouts, hidden, frozen=teacher_head)
     got = gradient(opd, params, rollouts, hidden.at[0, 1:].set(jnp.nan), frozen=teacher_head)
     jax.tree.map(np.testing.assert_array_equal, got[:2], want[:2])
+
+
+def test_metrics_at_an_interval_change_no_step(tmp_path: Path) -> None:
+    """Sampled, corrected by the rollouts' own log-probs; Eqs. 6-10 at steps 1 and 4 only, and a report all the same."""
+    models = tiny_runs.write_models(tmp_path / "models")
+    settings: Any = {"steps": 5, "objective": {"name": "sampled", "correction": "tis", "k": 4}}
+    rows = []
+    for every in (1, 3):
+        run_dir = tmp_path / f"every-{every}"
+        train(tiny_runs.run_config(models, run_dir, metrics_every=every, **settings))
+        rows.append(read_rows(existing_run(str(run_dir)).metrics))
+        assert (run_dir / "report.html").exists()
+    always, sometimes = rows
+    np.testing.assert_allclose([r["loss"] for r in sometimes], [r["loss"] for r in always], rtol=1e-4)
+    np.testing.assert_allclose([r["loss"] for r in always], [r["kl_k1"] for r in always], rtol=1e-3)
+    assert [r["step"] for r in sometimes if "overlap_ratio" in r] == [1, 4]

@@ -40,6 +40,7 @@ def opd_loss(
         objective,
         vocab_size=vocab_size,
         topk_ids=rollouts.topk_ids,
+        behaviour_logp=rollouts.logp if objective.correction != "none" else None,
         metrics=metrics,
         metric_k=objective.k,
         layout=layout,

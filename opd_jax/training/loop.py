@@ -85,7 +85,8 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
         "rollout", setup.rollout(state.params, prompts, rollout_law(setup.config), setup.config.seed, step)
     )
     scores = clock("score", setup.score(setup.teacher.params, rollouts))
-    state, metrics = clock("update", setup.update(state, rollouts, scores.hidden, frozen=scores.head))
+    update = setup.update if (step - 1) % setup.config.metrics_every == 0 else setup.update_unmeasured
+    state, metrics = clock("update", update(state, rollouts, scores.hidden, frozen=scores.head))
     lengths, stopped, metrics = jax.device_get((rollouts.lengths, rollouts.stopped, metrics))
     row = means(metrics) | {
         "response_length": float(np.mean(lengths)),

@@ -64,6 +64,7 @@ class Setup:
     rollout: Callable[..., Rollouts]
     score: Callable[[Params, Rollouts], Scores] | None
     update: Callable[..., Any]
+    update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
     make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=, truncated=) → a sampling loop
 
 
@@ -96,8 +97,13 @@ def prepare(config: Config) -> Setup:
     common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
     if config.kind == "opd":
         loss = functools.partial(_opd_loss, objective=config.objective, **common)
+        quick_loss = functools.partial(loss, metrics=False)
     else:
-        loss = functools.partial(sft_loss, **common)
+        loss = quick_loss = functools.partial(sft_loss, **common)
+    update, quick_update = (
+        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch)
+        for f in (loss, quick_loss)
+    )
     new_rollout = functools.partial(
         make_rollout,
         stop_ids=stops,
@@ -124,7 +130,8 @@ def prepare(config: Config) -> Setup:
         make_rollout=new_rollout,
         rollout=new_rollout(student, max_response=config.rollout.max_response, truncated=truncated),
         score=make_score(teacher.config, dtype=dtype, layout=layout) if teacher else None,
-        update=make_update(loss, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch),
+        update=update,
+        update_unmeasured=quick_update,
     )
 
 
