@@ -166,8 +166,8 @@ def test_equal_models_of_different_padded_width_are_at_rest():
     padded = jnp.pad(w, ((0, 10), (0, 0)))
     for student, teacher in ((w, padded), (padded, w)):
         (loss, (_, metrics)), grads = jit(gradients(FULL))(h, student, h, teacher, y, mask)
-        assert loss == 0
-        assert metrics["reverse_kl"][0] == 0
+        assert abs(loss) < 1e-6
+        assert abs(metrics["reverse_kl"][0]) < 1e-6
         assert max(np.abs(x).max() for x in grads) < 1e-6
 
 

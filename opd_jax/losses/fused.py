@@ -72,8 +72,8 @@ class Plan:
         axes = dict(self.layout.table)[name] if self.layout else ()
         return axes if self.layout and math.prod(self.layout.mesh.shape[a] for a in axes) > 1 else ()
 
-    def vocabulary(self, head: _Head) -> Vocabulary:
-        return Vocabulary(head.weight.shape[0], self.vocab, self.vocab_axes)
+    def vocabulary(self, heads: _Heads) -> Vocabulary:
+        return Vocabulary(min(head.weight.shape[0] for head in heads), self.vocab, self.vocab_axes)
 
 
 class Tokens(NamedTuple):
@@ -110,7 +110,7 @@ def _forward(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> tup
 
     def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
         def step(_: None, chunk: Any) -> tuple[None, Any]:
-            return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], chunk)
+            return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], _masked(*chunk))
 
         _, values = lax.scan(step, None, _split(plan, hidden_BTD, x))
         return jax.tree.map(lambda v: _join(v, x.tokens.shape), values)
@@ -127,8 +127,9 @@ def values_and_gradient(
 
     def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
         def step(dhead_VD: Array, chunk: tuple[Array, Tokens]) -> tuple[Array, Any]:
+            chunk = _masked(*chunk)
             values, ids, dlogits = lax.map(lambda tile: _tile(plan, heads, *tile, gradient=True), chunk)
-            dhidden, dhead_VD = _apply_gradient(plan, heads.student, chunk[0], ids, dlogits, dhead_VD)
+            dhidden, dhead_VD = _apply_gradient(plan, heads, chunk[0], ids, dlogits, dhead_VD)
             return dhead_VD, (values, dhidden)
 
         dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
@@ -168,7 +169,7 @@ fused_loss.defvjp(_forward_with_gradient, _backward)
 
 def _tile(plan: Plan, heads: _Heads, h_CD: Array, x: Tokens, *, gradient: bool = False) -> Any:
     """((loss, metrics) of each token, ids, dloss/dproducts on those ids, or on the whole vocabulary if ids is None)."""
-    words, readouts = plan.vocabulary(heads.student), (plan.student_readout, plan.teacher_readout)
+    words, readouts = plan.vocabulary(heads), (plan.student_readout, plan.teacher_readout)
     s: Any = _logits(words, readouts[0], h_CD, heads.student) if plan.student_vocabulary else None
     t: Any = _logits(words, readouts[1], x.teacher_hidden, heads.teacher) if plan.teacher_vocabulary else None
     size = max(plan.k, plan.metric_k)
@@ -190,7 +191,9 @@ def _tile(plan: Plan, heads: _Heads, h_CD: Array, x: Tokens, *, gradient: bool =
     if not gradient:
         return (loss, measured), None, None
     products = readouts[0].pull_back(dlogits, s).astype(h_CD.dtype)
-    return (loss, measured), ids if plan.sparse else None, products
+    if plan.sparse:
+        return (loss, measured), ids, products
+    return (loss, measured), None, jnp.pad(products, ((0, 0), (0, heads.student.weight.shape[0] - words.columns)))
 
 
 def _loss(
@@ -263,12 +266,12 @@ def _outside(words: Vocabulary, z_CV: Array, ids: Array, member: Array) -> Array
 
 
 def _apply_gradient(
-    plan: Plan, head: _Head, h_NCD: Array, ids: Array | None, dlogits: Array, dhead_VD: Array
+    plan: Plan, heads: _Heads, h_NCD: Array, ids: Array | None, dlogits: Array, dhead_VD: Array
 ) -> tuple[Array, Array]:
     """Hidden gradient of a chunk of N tiles, and the head gradient with the chunk's part added."""
-    dtype, width = dhead_VD.dtype, h_NCD.shape[-1]
+    dtype, width, head = dhead_VD.dtype, h_NCD.shape[-1], heads.student
     if ids is not None:
-        ids, here = plan.vocabulary(head).local(ids)
+        ids, here = plan.vocabulary(heads).local(ids)
         dlogits = jnp.where(here, dlogits, 0)
         dhidden = jnp.einsum("nck,nckd->ncd", dlogits, head.weight[ids], preferred_element_type=dtype)
         update = dlogits[..., None].astype(dtype) * h_NCD[..., None, :].astype(dtype)
@@ -290,7 +293,7 @@ def _row_major(x: Array) -> Array:
 
 def _logits(words: Vocabulary, readout: Readout, h_CD: Array, head: _Head) -> Array:
     dtype = jnp.promote_types(h_CD.dtype, jnp.float32)
-    products = jnp.einsum("cd,vd->cv", h_CD, head.weight, preferred_element_type=dtype)
+    products = jnp.einsum("cd,vd->cv", h_CD, head.weight, preferred_element_type=dtype)[:, : words.columns]
     logits = readout(products if head.bias is None else products + head.bias)
     everywhere = math.prod([lax.axis_size(a) for a in words.axes]) * words.columns
     return logits if words.valid == everywhere else words.mask(logits)
@@ -319,15 +322,17 @@ def _on_shards(plan: Plan, f: Any, out: tuple[Axes, ...]) -> Any:
 
 
 def _prepare_heads(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> _Heads:
-    """Both heads cut to the narrower, cast for the products, and only then gathered over fsdp."""
+    """Both heads cast for the products, and only then gathered over fsdp; shards of equal ids for both sides."""
     rows = min(head_VD.shape[0], fixed.teacher_head.shape[0])
     shards = math.prod(plan.layout.mesh.shape[a] for a in plan.vocab_axes) if plan.layout else 1
 
     def prepare(x: Array | None, dtype: Any) -> Any:
         if x is None:
             return None
-        x = x[:rows].astype(dtype)
-        x = jnp.pad(x, [(0, -rows % shards)] + [(0, 0)] * (x.ndim - 1))
+        x = x.astype(dtype)
+        # Without shards, logits are cut instead: cutting here would copy the wider head.
+        if shards > 1 or x.ndim == 1:
+            x = jnp.pad(x[:rows], [(0, -rows % shards)] + [(0, 0)] * (x.ndim - 1))
         return constrain(x, ("vocab", *[None] * (x.ndim - 1)), plan.layout)
 
     dtypes = hidden_BTD.dtype, fixed.tokens.teacher_hidden.dtype
@@ -343,17 +348,28 @@ def _split(plan: Plan, hidden_BTD: Array, x: Tokens) -> tuple[Array, Tokens]:
     """[B, T, ...] → [chunk, tile, C, ...], padded with masked tokens."""
     tokens = x.tokens.size
     tile = min(plan.tile, tokens)
-    chunks = -(-tokens // max(plan.chunk, tile))
+    # A head gradient on k rows a token is added in place: larger chunks would only gather more rows at once.
+    chunks = -(-tokens // (tile if plan.sparse else max(plan.chunk, tile)))
     per_chunk = -(-tokens // (chunks * tile))
     padding = chunks * per_chunk * tile - tokens
 
     def split(a: Array) -> Array:
-        tail = a.shape[2:]
-        # Whatever stands under the mask, NaN and ids out of range included, is replaced before it meets a product.
-        a = jnp.where(x.mask.reshape(*x.mask.shape, *[1] * len(tail)), a, jnp.zeros_like(a)).reshape(tokens, *tail)
-        return jnp.pad(a, [(0, padding)] + [(0, 0)] * len(tail)).reshape(chunks, per_chunk, tile, *tail)
+        a = a.reshape(tokens, *a.shape[2:])
+        return jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, per_chunk, tile, *a.shape[1:])
 
     return jax.tree.map(split, (hidden_BTD, x))
+
+
+def _masked(hidden: Array, x: Tokens) -> tuple[Array, Tokens]:
+    """Zeros for whatever stands under the mask, NaN and ids out of range included, before it meets a product.
+
+    Done chunk by chunk: at once it would be a copy of all hidden states.
+    """
+
+    def keep(a: Array) -> Array:
+        return jnp.where(x.mask.reshape(*x.mask.shape, *[1] * (a.ndim - x.mask.ndim)), a, jnp.zeros_like(a))
+
+    return jax.tree.map(keep, (hidden, x))
 
 
 def _join(x: Array, shape: tuple[int, ...]) -> Array:
