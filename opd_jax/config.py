@@ -91,6 +91,7 @@ class Rollout(Strict):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Fraction = 1.0
     top_k: NonNegativeInt = 0  # 0: off
+    slots: PositiveInt | None = None  # rows decoded together; fewer than prompts × samples: refilled as they finish
 
 
 class Optimizer(Strict):

@@ -54,6 +54,15 @@ class Layout:
         """Pins the sharding of an activation inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
+    def put_rows(self, tree: Any) -> Any:
+        """Arrays whose first axis is the row axis, from the host onto the mesh; each process gives its own rows."""
+
+        def put(x: Any) -> Array:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, self.sharding(("batch",)), lambda index: x[index])
+
+        return jax.tree.map(put, tree)
+
     def check(self, what: str, shape: Sequence[int], axes: Axes) -> None:
         """Raises InputError where a dimension does not divide over its mesh axes, naming sizes that would work."""
         table = dict(self.table)

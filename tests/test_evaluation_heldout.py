@@ -26,7 +26,8 @@ from opd_jax.evaluation.heldout import (
 )
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
-from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.teacher import make_score
 from opd_jax.types import Params
 
@@ -93,7 +94,7 @@ def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Pa
     score = make_score(network, dtype=jnp.float32, layout=ONE)
     measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE)
     batches, measured = [], []
-    for out in sample_panel(rollout, student, panel, Law(), 0, ONE):
+    for out in sample_panel(rollout, student, panel, Law(), 0):
         scores = score(teacher, out)
         batches.append(out)
         measured.append(measure(student, out, scores.hidden, scores.head))

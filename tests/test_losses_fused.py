@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from opd_jax.errors import InputError
 from opd_jax.losses import Objective, Readout, distillation_loss, reference_loss
-from opd_jax.losses.supports import top_k
 from opd_jax.mesh import Layout, make_mesh
+from opd_jax.models.top_k import top_k
 
 FULL = Objective()
 EQ5 = Objective(name="topk", k=5)

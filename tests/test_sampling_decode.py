@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from test_sampling_law import brute_force
 
+from opd_jax.errors import InputError
 from opd_jax.mesh import ROLLOUT, Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig, forward, head, init_params, parameter_shardings, unembed
-from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.decode import SEGMENT, bucket, make_engine
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import Occupancy, Request, generate, make_rollout
 from opd_jax.sampling.states import response_mask, response_states
 from opd_jax.types import Params, Prompts, Rollouts
 
@@ -52,20 +55,20 @@ def prompt_rows(width: int = PROMPT, rows: Any = range(ROWS)) -> Prompts:
 
 
 @functools.cache
-def rollout_of(window: int | None = None, truncated: bool = True, layout: Layout | None = None) -> Any:
+def rollout_of(window: int | None = None, layout: Layout | None = None, slots: int | None = None) -> Any:
     return make_rollout(
         model(window)[1],
         max_response=RESPONSE,
         stop_ids=STOPS,
         vocab_size=VOCAB,
         support=TOP,
-        truncated=truncated,
+        slots=slots,
         layout=layout,
     )
 
 
-def sample(law: Law = PLAIN, window: int | None = None, truncated: bool = True, step: int = 7) -> Rollouts:
-    return jax.device_get(rollout_of(window, truncated)(model(window)[0], prompt_rows(), law, 0, step))
+def sample(law: Law = PLAIN, window: int | None = None, step: int = 7) -> Rollouts:
+    return jax.device_get(rollout_of(window)(model(window)[0], prompt_rows(), law, 0, step))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -83,7 +86,7 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("law", [PLAIN, CUT], ids=["plain", "cut"])
 def test_what_is_returned_equals_a_teacher_forced_rescoring(window: int | None, law: Law) -> None:
-    out = sample(law, window, truncated=law is CUT)
+    out = sample(law, window)
     logits = np.asarray(teacher_forced(*model(window), out))
     mask = np.asarray(response_mask(out))
     logp = log_softmax(logits)
@@ -175,14 +178,100 @@ def test_samples_steps_and_seeds_differ() -> None:
     np.testing.assert_array_equal(out.tokens, sample().tokens)
 
 
-def test_another_law_seed_or_step_compiles_nothing() -> None:
-    rollout = rollout_of()
-    params, prompts = model()[0], prompt_rows()
-    rollout(params, prompts, PLAIN, 0, 0)
-    before = rollout._cache_size()
+@functools.cache
+def engine_of(layout: Layout | None = None) -> Any:
+    return make_engine(model(6)[1], stop_ids=STOPS, vocab_size=VOCAB, support=TOP, dtype=jnp.float32, layout=layout)
+
+
+def requests(n: int = 24, samples: int = 2) -> list[Request]:
+    rng = np.random.default_rng(9)
+    texts = [rng.integers(0, VOCAB, rng.integers(1, 31)).tolist() for _ in range(n // samples)]
+    return [Request(text, 100 + i, s) for i, text in enumerate(texts) for s in range(samples)]
+
+
+def responses(engine: Any, slots: int, order: Any = None, layout: Layout | None = None, **options: Any) -> dict:
+    """{(id, sample): response} of the requests in the order given; long responses, so that the cache is moved."""
+    asked = requests()
+    asked = asked if order is None else [asked[i] for i in order]
+    settings: dict[str, Any] = {"slots": slots, "max_response": 120, "layout": layout} | options
+    params = model(6)[0]
+    if layout:
+        params = jax.device_put(params, parameter_shardings(model(6)[1], Layout(layout.mesh)))
+    made = generate(engine, engine.cast(params), asked, Law(1.5), 3, 4, **settings)
+    out = {(asked[i].id, asked[i].sample): response for i, response in made}
+    assert len(out) == len(asked)
+    return out
+
+
+def same(got: dict, want: dict) -> None:
+    """Equal tokens, except in a row from a token on whose uniform lies at an edge of the distribution function."""
+    flips = 0
+    for key, response in want.items():
+        n = min(len(response.tokens), len(got[key].tokens))
+        differ = np.flatnonzero(got[key].tokens[:n] != response.tokens[:n])
+        stop = int(differ[0]) if differ.size else n
+        assert differ.size or len(got[key].tokens) == len(response.tokens)
+        flips += differ.size > 0
+        np.testing.assert_allclose(got[key].logp[:stop], response.logp[:stop], rtol=0, atol=1e-4)
+    assert flips <= 0.001 * sum(len(r.tokens) for r in want.values())
+
+
+@functools.cache
+def by_sixteen() -> dict:
+    return responses(engine_of(), 16)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_response_does_not_depend_on_slots_order_or_refills(slots: int) -> None:
+    want = by_sixteen()
+    lengths = [len(r.tokens) for r in want.values()]
+    assert max(lengths) > 2 * SEGMENT
+    assert min(lengths) < SEGMENT
+    occupancy = Occupancy()
+    same(responses(engine_of(), slots, np.random.default_rng(slots).permutation(24), occupancy=occupancy), want)
+    assert occupancy.busy == sum(lengths)
+    assert occupancy.busy_waiting > 0.8 * occupancy.all_waiting
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_a_response_does_not_depend_on_the_mesh(sizes: tuple[int, int, int]) -> None:
+    layout = Layout(make_mesh(*sizes), ROLLOUT)
+    same(responses(engine_of(layout), 8, layout=layout), by_sixteen())
+
+
+def test_refilled_moved_and_narrowed_rows_equal_a_teacher_forced_rescoring() -> None:
+    params, config = model(6)
+    asked = {(r.id, r.sample): r.tokens for r in requests()}
+    score = jax.jit(
+        lambda *a: jax.nn.log_softmax(unembed(forward(params, config, *a), head(params))[..., :VOCAB] / 1.5)
+    )
+    for key, response in responses(engine_of(), 4).items():
+        text = np.array([*asked[key], *response.tokens])
+        row = np.zeros((1, 160), np.int32)
+        row[0, : len(text)] = text
+        columns = np.arange(160, dtype=np.int32)[None]
+        logp = np.asarray(score(row, columns, (columns < len(text)).astype(np.int32)))[0]
+        at = np.arange(len(asked[key]), len(text))
+        np.testing.assert_allclose(response.logp, logp[at - 1, text[at]], rtol=0, atol=1e-4)
+
+
+def test_shapes_compile_once_and_another_law_seed_or_step_nothing() -> None:
+    """200 prompts of 5 to 500 tokens; no end-of-sequence, so that every law meets the same shapes."""
+    engine = make_engine(model(6)[1], stop_ids=(), vocab_size=VOCAB, support=1, dtype=jnp.float32, layout=None)
+    weights, lengths = engine.cast(model(6)[0]), np.random.default_rng(1).integers(5, 501, 200)
+    asked = [Request([5] * int(n), i, 0) for i, n in enumerate(lengths)]
+
+    def compiled(law: Law, seed: int, step: int) -> list[int]:
+        made = generate(engine, weights, asked, law, seed, step, slots=16, max_response=20)
+        assert len(list(made)) == 200
+        return [f._cache_size() for f in (engine.prefill, engine.segment)]
+
+    first = compiled(PLAIN, 0, 0)
+    widths, sizes = {bucket(int(n), 16) for n in lengths}, {1, 4, 16}
+    assert first[0] <= len(widths) * len(sizes)
+    assert first[1] <= 4
     for law, seed, step in ((CUT, 0, 1), (Law(0.0), 2**31 - 1, 2), (Law(0.3, 0.5), 3, 2**31 - 1)):
-        rollout(params, prompts, law, seed, step)
-    assert rollout._cache_size() == before
+        assert compiled(law, seed, step) == first
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
@@ -192,15 +281,27 @@ def test_the_same_tokens_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     mesh = make_mesh(*sizes)
     train, layout = Layout(mesh), Layout(mesh, ROLLOUT)
     params = jax.device_put(params, parameter_shardings(config, train))
-    prompts = jax.device_put(prompt_rows(), train.sharding(("batch",)))
     rollout, want = rollout_of(4, layout=layout), sample(window=4)
-    out = jax.device_get(rollout(params, prompts, PLAIN, 0, 7))
+    out = jax.device_get(rollout(params, prompt_rows(), PLAIN, 0, 7))
     np.testing.assert_array_equal(out.tokens, want.tokens)
     np.testing.assert_array_equal(out.topk_ids, want.topk_ids)
     np.testing.assert_allclose(out.logp, want.logp, rtol=0, atol=1e-4)
-    program = rollout.lower(params, prompts, PLAIN, 0, 7).compile().as_text()
+    engine = make_engine(config, stop_ids=STOPS, vocab_size=VOCAB, support=TOP, dtype=jnp.float32, layout=layout)
+    weights = engine.cast(params)
+    program = engine.segment.lower(weights, engine.empty(8, 32), PLAIN, 14, 14, 9).compile().as_text()
     smallest_weight = config.width * config.kv_heads * config.head_dim // mesh.shape["tensor"]
     assert max(collective_sizes_in_loops(program), default=0) < smallest_weight
+
+
+def test_bad_requests_are_named() -> None:
+    engine = engine_of()
+    with pytest.raises(InputError, match="prompt 7: has no tokens"):
+        list(generate(engine, {}, [Request([], 7, 0)], PLAIN, 0, 0, slots=1, max_response=4))
+    with pytest.raises(InputError, match="slots = 0"):
+        list(generate(engine, {}, requests(), PLAIN, 0, 0, slots=0, max_response=4))
+    layout = Layout(make_mesh(8, 1, 1), ROLLOUT)
+    with pytest.raises(InputError, match="multiple of the 8 batch shards"):
+        list(generate(engine, {}, requests(), PLAIN, 0, 0, slots=12, max_response=4, layout=layout))
 
 
 def collective_sizes_in_loops(program: str) -> list[int]:

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.sampling.law import draw, law_logits, row_keys, uniforms
-from opd_jax.types import Prompts
+from opd_jax.sampling.law import Law, draw, law_logits, row_keys, uniforms
 
-law_of = jax.jit(law_logits, static_argnames="truncated")
+law_of = jax.jit(lambda logits, *law: law_logits(logits, Law(*law)))
 draw_of = jax.jit(draw)
 LAST = 1 - 2.0**-24  # the largest uniform in float32
 
@@ -53,7 +52,7 @@ def test_law_equals_brute_force(law: tuple[float, float, int]) -> None:
     logits[1] = np.round(logits[1])  # many ties
     logits[2, 40:] = -np.inf  # ids that do not exist
     logits[3] *= 5  # nearly one-hot
-    got = law_of(logits, *law, truncated=law[1] < 1 or law[2] > 0)
+    got = law_of(logits, *law)
     want = np.stack([brute_force(row, *law) for row in logits])
     np.testing.assert_array_equal(np.isfinite(got), want > 0)
     np.testing.assert_allclose(jax.nn.softmax(got, axis=-1), want, rtol=2e-5, atol=1e-7)
@@ -61,15 +60,15 @@ def test_law_equals_brute_force(law: tuple[float, float, int]) -> None:
 
 def test_ties_go_to_the_lowest_id() -> None:
     logits = np.zeros((1, 10), np.float32)
-    assert np.flatnonzero(np.isfinite(law_of(logits, 0.0, 1.0, 0, truncated=False)[0])).tolist() == [0]
-    assert np.flatnonzero(np.isfinite(law_of(logits, 1.0, 1.0, 3, truncated=True)[0])).tolist() == [0, 1, 2]
-    assert np.flatnonzero(np.isfinite(law_of(logits, 1.0, 0.35, 0, truncated=True)[0])).tolist() == [0, 1, 2, 3]
+    assert np.flatnonzero(np.isfinite(law_of(logits, 0.0, 1.0, 0)[0])).tolist() == [0]
+    assert np.flatnonzero(np.isfinite(law_of(logits, 1.0, 1.0, 3)[0])).tolist() == [0, 1, 2]
+    assert np.flatnonzero(np.isfinite(law_of(logits, 1.0, 0.35, 0)[0])).tolist() == [0, 1, 2, 3]
 
 
 def test_a_law_that_truncates_nothing_keeps_every_id() -> None:
     """Rounding of the cumulative mass must not cut the tail where top_p is 1."""
     logits = np.random.default_rng(1).normal(0, 4, (8, 3001)).astype(np.float32)
-    np.testing.assert_array_equal(law_of(logits, 1.0, 1.0, 0, truncated=True), logits)
+    np.testing.assert_array_equal(law_of(logits, 1.0, 1.0, 0), logits)
 
 
 def exact_draw(logits: np.ndarray, u: float) -> tuple[int, float]:
@@ -123,18 +122,23 @@ def test_first_and_last_id_at_the_ends_of_the_unit_interval() -> None:
     assert ids.tolist() == [5, 598]
 
 
-@pytest.mark.parametrize("law", [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.3, 0.95, 20)], ids=str)
-def test_100_000_draws_follow_the_law(law: tuple[float, float, int]) -> None:
-    n, V = 100_000, 61
+@pytest.mark.parametrize("V", [50, 5003])
+@pytest.mark.parametrize(
+    "law",
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.9, 0), (1.0, 1.0, 20), (1.3, 0.95, 20), (0.7, 0.9, 0)],
+    ids=str,
+)
+def test_100_000_draws_follow_the_law(law: tuple[float, float, int], V: int) -> None:
+    n = 100_000
     logits = np.random.default_rng(3).normal(0, 1.5, V).astype(np.float32)
     p = brute_force(logits, *law)
-    scaled = law_of(logits[None], *law, truncated=True)
-    keys = row_keys(11, 0, prompt_rows(np.arange(n // 100)))
+    scaled = law_of(logits[None], *law)
+    keys = keys_of(11, 0, np.arange(n // 100))
 
     @functools.partial(jax.jit, static_argnums=0)
     def counts(positions: int) -> Any:
         def at(position: Any) -> Any:
-            ids, _ = draw(jnp.broadcast_to(scaled, (len(keys), V)), uniforms(keys, position))
+            ids, _ = draw(jnp.broadcast_to(scaled, (len(keys), V)), uniforms_of(keys, position))
             return jnp.bincount(ids, length=V)
 
         return jax.lax.map(at, jnp.arange(positions)).sum(0)
@@ -157,18 +161,17 @@ def chi_square_tail(got: np.ndarray, expected: np.ndarray) -> float:
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-def prompt_rows(ids: Any, samples: Any = None, width: int = 4) -> Prompts:
+def keys_of(seed: int, step: int, ids: Any, samples: Any = None) -> Any:
     ids = np.asarray(ids, np.uint32)
-    return Prompts(
-        tokens=jnp.zeros((len(ids), width), jnp.int32),
-        lengths=jnp.full(len(ids), width),
-        ids=jnp.asarray(ids),
-        samples=jnp.zeros(len(ids), jnp.uint32) if samples is None else jnp.asarray(samples, jnp.uint32),
-    )
+    return row_keys(seed, step, ids, np.zeros_like(ids) if samples is None else np.asarray(samples, np.uint32))
+
+
+def uniforms_of(keys: Any, position: Any) -> Any:
+    return uniforms(keys, jnp.full(len(keys), position))
 
 
 def number(seed: int = 0, step: int = 0, id: int = 0, sample: int = 0, position: int = 0) -> float:
-    return float(uniforms(row_keys(seed, step, prompt_rows([id], [sample])), position)[0])
+    return float(uniforms_of(keys_of(seed, step, [id], [sample]), position)[0])
 
 
 def test_each_coordinate_changes_the_random_number() -> None:
@@ -182,8 +185,8 @@ def test_each_coordinate_changes_the_random_number() -> None:
 def test_samples_of_a_prompt_are_independent() -> None:
     """Two samples of one prompt, drawn without saying so anywhere else, must not be copies of each other."""
     n = 2000
-    keys = row_keys(0, 0, prompt_rows(np.zeros(n), np.arange(n)))
-    u = np.stack([uniforms(keys, t) for t in range(2)])
+    keys = keys_of(0, 0, np.zeros(n), np.arange(n))
+    u = np.stack([uniforms_of(keys, t) for t in range(2)])
     assert len(np.unique(u)) > 2 * n - 10  # 2²³ values: a coincidence or two
     assert abs(u.mean() - 0.5) < 4 / math.sqrt(12 * u.size)
     for a, b in ((u[0, :-1], u[0, 1:]), (u[0], u[1])):
@@ -191,13 +194,13 @@ def test_samples_of_a_prompt_are_independent() -> None:
 
 
 def test_the_random_numbers_do_not_depend_on_the_batch() -> None:
-    """Order, company and padding of a row are not in the law; ids use all 32 bits."""
+    """Order and company of a row are not in the law; ids use all 32 bits."""
     ids, samples = np.array([4, 9, 9, 2**32 - 1], np.uint32), np.array([0, 0, 1, 3], np.uint32)
-    whole = np.asarray(uniforms(row_keys(1, 2, prompt_rows(ids, samples)), 8))
+    whole = np.asarray(uniforms_of(keys_of(1, 2, ids, samples), 8))
     order = np.array([2, 0, 3, 1])
-    shuffled = uniforms(row_keys(1, 2, prompt_rows(ids[order], samples[order], width=9)), 8)
+    shuffled = uniforms_of(keys_of(1, 2, ids[order], samples[order]), 8)
     np.testing.assert_array_equal(shuffled, whole[order])
-    alone = [uniforms(row_keys(1, 2, prompt_rows(ids[i : i + 1], samples[i : i + 1])), 8)[0] for i in range(4)]
+    alone = [uniforms_of(keys_of(1, 2, ids[i : i + 1], samples[i : i + 1]), 8)[0] for i in range(4)]
     np.testing.assert_array_equal(alone, whole)
     assert len(set(whole.tolist())) == 4
     assert ((whole >= 0) & (whole < 1)).all()

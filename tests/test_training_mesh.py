@@ -16,7 +16,6 @@ from tiny_runs import VOCAB, distance
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.errors import InputError
-from opd_jax.evaluation.heldout import put_rows
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import parameter_shardings
 from opd_jax.objectives.opd import opd_loss
@@ -52,7 +51,7 @@ def rollouts(models: Path) -> list[Any]:
     """What the untrained student samples on one device at steps 1, 2, 3: the same input for every mesh."""
     setup = setup_on(models, (1, 1, 1))
     law = rollout_law(setup.config)
-    prompts = [put_rows(next(setup.batches), setup.layout) for _ in range(STEPS)]
+    prompts = [setup.layout.put_rows(next(setup.batches)) for _ in range(STEPS)]
     return [jax.device_get(setup.rollout(setup.state.params, p, law, 0, i + 1)) for i, p in enumerate(prompts)]
 
 
@@ -68,7 +67,7 @@ def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float],
     assert setup.teacher
     grads, losses, norms, state = [], [], [], setup.state
     for batch in rollouts:
-        batch = put_rows(batch, setup.layout)
+        batch = setup.layout.put_rows(batch)
         scores = setup.score(setup.teacher.params, batch)
         grad, loss, _ = gradient(state.params, batch, scores.hidden, scores.head)
         state, metrics = setup.update(state, batch, scores.hidden, frozen=scores.head)
@@ -131,7 +130,7 @@ def test_a_checkpoint_moves_to_another_mesh(models: Path, rollouts: list[Any], t
     saved = setup_on(models, (4, 2, 1))
     assert saved.score
     assert saved.teacher
-    batch = put_rows(rollouts[0], saved.layout)
+    batch = saved.layout.put_rows(rollouts[0])
     scores = saved.score(saved.teacher.params, batch)
     state, _ = saved.update(saved.state, batch, scores.hidden, frozen=scores.head)
     checkpoints = Checkpoints(tmp_path, keep=1)

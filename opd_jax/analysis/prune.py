@@ -19,7 +19,8 @@ from opd_jax.errors import InputError
 from opd_jax.losses import distillation_loss
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_model
-from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.sampling.states import response_mask, response_states
 from opd_jax.tracking.console import console
 from opd_jax.types import Params, Rollouts

@@ -17,7 +17,8 @@ from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k, pass_at_k
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.hf import load_model
-from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.tracking.console import console
 
 Row = dict[str, Any]
@@ -60,13 +61,12 @@ def evaluate_model(
         stop_ids=stop_ids(model, tokenizer),
         vocab_size=vocab_size,
         support=1,
-        truncated=top_p < 1,
         dtype=jnp.bfloat16,
         layout=layout,
     )
     parts = []
     with console.progress(len(panel.batches), "generating", unit="batch", show=("tokens_per_second",)) as bar:
-        for rollouts in heldout.sample_panel(rollout, params, panel, Law(temperature, top_p), seed, layout):
+        for rollouts in heldout.sample_panel(rollout, params, panel, Law(temperature, top_p), seed):
             parts.append(jax.device_get(rollouts))
             bar.advance()
     sampled = heldout.collect(parts, panel)

@@ -18,7 +18,7 @@ from jax import Array
 from opd_jax.losses import position_metrics
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
-from opd_jax.sampling.decode import Law
+from opd_jax.sampling.law import Law
 from opd_jax.sampling.states import response_mask, response_states
 from opd_jax.types import Params, Prompts, Rollouts
 
@@ -57,17 +57,11 @@ def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str 
 
 
 def sample_panel(
-    rollout: Callable[..., Rollouts], params: Params, panel: Panel, law: Law, seed: int, layout: Layout
+    rollout: Callable[..., Rollouts], params: Params, panel: Panel, law: Law, seed: int
 ) -> Iterator[Rollouts]:
     """The rollouts of one evaluation, batch by batch, on the device."""
     for prompts in panel.batches:
-        yield rollout(params, put_rows(prompts, layout), law, seed, EVALUATION_STEP)
-
-
-def put_rows(batch: Any, layout: Layout) -> Any:
-    """Puts arrays whose first axis is the row axis onto the mesh."""
-    sharding = layout.sharding(("batch",))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+        yield rollout(params, prompts, law, seed, EVALUATION_STEP)
 
 
 def make_measure(

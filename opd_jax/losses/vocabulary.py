@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from opd_jax.losses.reference import FILL
-from opd_jax.losses.supports import top_k
+from opd_jax.models.top_k import top_k
 
 
 @flax.struct.dataclass

@@ -13,7 +13,7 @@ from opd_jax.evaluation import heldout
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k
 from opd_jax.models.decoder import DecoderConfig
-from opd_jax.sampling.decode import Law
+from opd_jax.sampling.law import Law
 from opd_jax.tracking.console import console
 from opd_jax.training.setup import Network, Setup
 from opd_jax.types import Params, Rollouts
@@ -93,11 +93,10 @@ class Evaluator:
     def _new_rollout(self, network: DecoderConfig) -> Any:
         settings = self._setup.config.evaluation
         length = settings.max_response or self._setup.config.rollout.max_response
-        return self._setup.make_rollout(network, max_response=length, truncated=settings.top_p < 1)
+        return self._setup.make_rollout(network, max_response=length)
 
     def _rollouts(self, network: DecoderConfig, params: Params) -> Any:
-        seed, layout = self._setup.config.seed, self._setup.layout
-        return heldout.sample_panel(self._sample[network], params, self.panel, self._law, seed, layout)
+        return heldout.sample_panel(self._sample[network], params, self.panel, self._law, self._setup.config.seed)
 
     def _progress(self, title: str) -> Any:
         return console.progress(total=len(self.panel.batches), title=title, unit="batch")

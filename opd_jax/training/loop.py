@@ -12,7 +12,6 @@ import numpy as np
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config, dump_config
-from opd_jax.evaluation.heldout import put_rows
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
 from opd_jax.tracking.run_dir import open_run, read_rows
@@ -80,7 +79,7 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     assert setup.teacher
     assert setup.score
     clock = _Clock()
-    prompts = put_rows(next(setup.batches), setup.layout)
+    prompts = next(setup.batches)
     rollouts = clock(
         "rollout", setup.rollout(state.params, prompts, rollout_law(setup.config), setup.config.seed, step)
     )
@@ -99,7 +98,7 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
 def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, Row]:
     clock = _Clock()
     host = next(setup.batches)
-    batch = put_rows(host, setup.layout)
+    batch = setup.layout.put_rows(host)
     state, metrics = clock("update", setup.update(state, batch))
     trained = float(np.sum(host["lengths"] - host["prompt_lengths"]))
     row = means(jax.device_get(metrics)) | {"tokens_per_second": trained / clock.total()}

@@ -27,7 +27,8 @@ from opd_jax.models.hf import load_config as load_decoder_config
 from opd_jax.models.hf import load_model
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
-from opd_jax.sampling.decode import Law, make_rollout
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.teacher import make_score
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.state import TrainState, create_state, state_shardings
@@ -65,7 +66,7 @@ class Setup:
     score: Callable[[Params, Rollouts], Scores] | None
     update: Callable[..., Any]
     update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
-    make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=, truncated=) → a sampling loop
+    make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=) → a sampling loop
 
 
 def prepare(config: Config) -> Setup:
@@ -112,7 +113,6 @@ def prepare(config: Config) -> Setup:
         dtype=dtype,
         layout=Layout(mesh, ROLLOUT),
     )
-    truncated = config.rollout.top_p < 1 or config.rollout.top_k > 0
     return Setup(
         config=config,
         layout=layout,
@@ -128,7 +128,7 @@ def prepare(config: Config) -> Setup:
         state=create_state(params, optimizer, student, layout),
         shardings=shardings,
         make_rollout=new_rollout,
-        rollout=new_rollout(student, max_response=config.rollout.max_response, truncated=truncated),
+        rollout=new_rollout(student, max_response=config.rollout.max_response, slots=config.rollout.slots),
         score=make_score(teacher.config, dtype=dtype, layout=layout) if teacher else None,
         update=update,
         update_unmeasured=quick_update,
