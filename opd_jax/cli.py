@@ -185,7 +185,7 @@ def main() -> None:
     """Entry point: runs the command and turns a user's mistake into one message and exit code 2."""
     from typer._click.exceptions import ClickException
 
-    from opd_jax.errors import InputError
+    from opd_jax.errors import InputError, Interrupted
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which it is on purpose
@@ -199,10 +199,8 @@ def main() -> None:
     except ClickException as e:
         e.show()
         sys.exit(2)
-    except Exception as e:
-        if type(e).__name__ == "Interrupted":
-            _fail(str(e), 3)
-        raise
+    except Interrupted as e:
+        _fail(str(e), 3)
 
 
 def _fail(message: str, code: int) -> None:

@@ -80,7 +80,8 @@ class Data(Strict):
     template: str = "plain"  # plain | boxed | dapo | text holding {problem}
     chat: bool = True  # wrap in the tokenizer's chat template
     chat_arguments: dict[str, pydantic.JsonValue] = {}  # e.g. enable_thinking: false
-    max_prompt: PositiveInt = 1024  # tokens; longer prompts are dropped and counted
+    max_prompt: PositiveInt = 1024  # tokens
+    overlong: Literal["drop", "truncate"] = "drop"  # a prompt longer than that; truncate: keep its last tokens
     limit: PositiveInt | None = None  # use the first n rows only
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from opd_jax.config import Data
 from opd_jax.data.pipeline import (
     Example,
+    Overlong,
     encode_examples,
     encode_prompts,
     prompt_batches,
@@ -41,9 +42,26 @@ def test_overlong_prompts_are_dropped_and_counted(tokenizer):
     encoded, kept, dropped = encode_prompts(records, tokenizer, DATA)
     assert encoded == [[1, 2], [1, 2, 3, 4]]
     assert [r.id for r in kept] == ["0", "2"]
-    assert dropped == 1
+    assert dropped == (1, 0)
+    assert dropped.note() == " (1 too long, dropped)"
     with pytest.raises(InputError, match=r"all 1 prompts are longer than data\.max_prompt=4.*shortest has 5"):
         encode_prompts(records[1:2], tokenizer, DATA)
+
+
+def test_overlong_prompts_are_cut_at_the_left_if_asked(tokenizer):
+    records = [Record("0", "a b"), Record("1", "a b c d e f"), Record("2", "a b c d")]
+    data = Data(source="test", chat=False, max_prompt=4, overlong="truncate")
+    encoded, kept, counts = encode_prompts(records, tokenizer, data)
+    assert encoded == [[1, 2], [3, 4, 5, 6], [1, 2, 3, 4]]
+    assert kept == records
+    assert counts == Overlong(dropped=0, truncated=1)
+    assert encode_prompts(records[1:2], tokenizer, data)[0] == [[3, 4, 5, 6]]
+
+
+def test_notes_tell_dropped_from_truncated():
+    assert Overlong(0, 0).note() == ""
+    assert Overlong(0, 1200).note() == " (1,200 prompts too long, cut at the left)"
+    assert Overlong(3, 2).note() == " (3 too long, dropped; 2 prompts too long, cut at the left)"
 
 
 def test_stacked_prompts_are_right_aligned_and_repeated():
@@ -98,7 +116,12 @@ def test_examples_end_and_overlong_ones_are_counted(tokenizer):
     examples, kept, dropped = encode_examples(records, tokenizer, DATA, max_response=3)
     assert examples == [Example([1, 2], [3, 0])]
     assert [r.id for r in kept] == ["0"]
-    assert dropped == 2
+    assert dropped == (2, 0)
+    truncating = DATA.model_copy(update={"overlong": "truncate"})
+    examples, kept, dropped = encode_examples(records, tokenizer, truncating, max_response=2)
+    assert examples == [Example([1, 2], [3, 0]), Example([2, 3, 4, 5], [6, 0])]
+    assert [r.id for r in kept] == ["0", "2"]
+    assert dropped == (1, 1)
     with pytest.raises(InputError, match=r"none of 1 rows has a prompt within data\.max_prompt=4"):
         encode_examples(records[1:2], tokenizer, DATA, max_response=3)
     with pytest.raises(InputError, match=r"record '9' has no response"):

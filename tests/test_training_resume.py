@@ -21,10 +21,10 @@ import tiny_runs
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config
 from opd_jax.data.tokenizers import load_tokenizer
-from opd_jax.errors import InputError
+from opd_jax.errors import InputError, Interrupted
 from opd_jax.tracking.writers import MetricWriter
 from opd_jax.training import loop
-from opd_jax.training.loop import Interrupted, train
+from opd_jax.training.loop import train
 from opd_jax.training.setup import prepare
 
 # name → (kind, killed when metrics.jsonl shows this step, after this checkpoint was whole); checkpoints at 3, 6, 8

@@ -1,4 +1,4 @@
-"""From records to batches of token ids: encoding with counts of what is dropped, then endless shuffled iterators.
+"""From records to batches of token ids: encoding with counts of what did not fit, then endless shuffled iterators.
 
 The iterators are grain's: ``get_state()`` is a small JSON-able dict, ``set_state(state)`` continues with exactly the
 batch that would have come next. Each epoch has its own order. Batches run on across the end of an epoch, so every
@@ -29,48 +29,72 @@ class Example(NamedTuple):
     response: Tokens
 
 
-def encode_prompts(records: list[Record], tokenizer: Any, data: config.Data) -> tuple[list[Tokens], list[Record], int]:
-    """Token ids of every prompt within ``data.max_prompt``, the records kept (same order), the number dropped.
+class Overlong(NamedTuple):
+    """How many rows were left out because they were too long, and how many prompts lost their first tokens."""
+
+    dropped: int
+    truncated: int
+
+    def note(self) -> str:
+        """In brackets, to follow the number of rows; nothing where all fitted."""
+        parts = [f"{self.dropped:,} too long, dropped"] if self.dropped else []
+        parts += [f"{self.truncated:,} prompts too long, cut at the left"] if self.truncated else []
+        return f" ({'; '.join(parts)})" if parts else ""
+
+
+def encode_prompts(
+    records: list[Record], tokenizer: Any, data: config.Data
+) -> tuple[list[Tokens], list[Record], Overlong]:
+    """Token ids of at most ``data.max_prompt`` of every prompt kept, their records (same order), counts of the others.
+
+    ``data.overlong`` drop leaves longer prompts out; truncate keeps their last ``data.max_prompt`` tokens, and so all.
 
     Raises:
-        InputError: every prompt is too long; what ``encode_prompt`` refuses.
+        InputError: every prompt is too long and would be dropped; what ``encode_prompt`` refuses.
     """
     encoded = [_encode(record, tokenizer, data) for record in records]
-    kept = [i for i, tokens in enumerate(encoded) if len(tokens) <= data.max_prompt]
-    if not kept:
+    fitting = [i for i, tokens in enumerate(encoded) if len(tokens) <= data.max_prompt]
+    too_long = len(records) - len(fitting)
+    if data.overlong == "truncate":
+        return [tokens[-data.max_prompt :] for tokens in encoded], records, Overlong(0, too_long)
+    if not fitting:
         shortest = min(map(len, encoded))
         raise InputError(
             f"{data.source}: all {len(records)} prompts are longer than data.max_prompt={data.max_prompt} tokens; "
-            f"the shortest has {shortest}. Raise data.max_prompt."
+            f"the shortest has {shortest}. Raise data.max_prompt, or set data.overlong=truncate."
         )
-    return [encoded[i] for i in kept], [records[i] for i in kept], len(records) - len(kept)
+    return [encoded[i] for i in fitting], [records[i] for i in fitting], Overlong(too_long, 0)
 
 
 def encode_examples(
     records: list[Record], tokenizer: Any, data: config.Data, max_response: int
-) -> tuple[list[Example], list[Record], int]:
-    """Prompt and response + end-of-sequence of every row that fits, the records kept, the number dropped as overlong.
+) -> tuple[list[Example], list[Record], Overlong]:
+    """Prompt and response + end-of-sequence of every row that fits, the records kept, counts of the others.
+
+    Prompts are treated as by ``encode_prompts``; a row with too long a response is always dropped.
 
     Raises:
         InputError: a record without response; a tokenizer without end-of-sequence; no row fits.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token, so responses could not be taught to end.")
-    examples, kept = [], []
+    examples, kept, truncated = [], [], 0
     for record in records:
         if record.response is None:
             raise InputError(f"{data.source}: record {record.id!r} has no response. Set data.response=COLUMN.")
         response = [*tokenizer.encode(record.response, add_special_tokens=False), tokenizer.eos_token_id]
         prompt = _encode(record, tokenizer, data)
-        if len(prompt) <= data.max_prompt and len(response) <= max_response:
-            examples.append(Example(prompt, response))
+        too_long = len(prompt) > data.max_prompt
+        if len(response) <= max_response and not (too_long and data.overlong == "drop"):
+            examples.append(Example(prompt[-data.max_prompt :], response))
             kept.append(record)
+            truncated += too_long
     if not kept:
         raise InputError(
             f"{data.source}: none of {len(records)} rows has a prompt within data.max_prompt={data.max_prompt} and a "
             f"response within max_response={max_response} tokens. Raise these limits."
         )
-    return examples, kept, len(records) - len(kept)
+    return examples, kept, Overlong(len(records) - len(kept), truncated)
 
 
 def stack_prompts(encoded: Sequence[Tokens], ids: Sequence[int], max_prompt: int, samples: int = 1) -> Prompts:

@@ -45,7 +45,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(model)
     vocab_size = valid_vocab_size(tokenizer)
     records = load_records(data, seed, require_answer=True)
-    encoded, records, dropped = encode_prompts(records, tokenizer, data)
+    encoded, records, overlong = encode_prompts(records, tokenizer, data)
     encoded, records = encoded[:problems], records[:problems]
     layout = Layout(make_mesh())
     params, config = load_model(model, layout)
@@ -78,7 +78,8 @@ def evaluate_model(
     result: Row = {
         "model": str(model),
         "source": data.source,
-        "dropped_prompts": dropped,
+        "dropped_prompts": overlong.dropped,
+        "truncated_prompts": overlong.truncated,
         "accuracy": score.mean,
         "accuracy_se": score.error,
         "accuracy_interval": [score.low, score.high],
@@ -86,7 +87,7 @@ def evaluate_model(
         "pass_at_k_se": best.error,
     } | heldout.summarise_lengths(sampled, panel)
     console.table(
-        f"{model} on {data.source}: {len(records)} problems" + (f" ({dropped} too long, dropped)" if dropped else ""),
+        f"{model} on {data.source}: {len(records)} problems{overlong.note()}",
         [f"avg@{samples}", "95 % interval", f"pass@{samples}", "length", "truncated"],
         [
             [

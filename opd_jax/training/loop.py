@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config, dump_config
+from opd_jax.errors import Interrupted
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
 from opd_jax.tracking.run_dir import open_run, read_rows
@@ -22,10 +23,6 @@ from opd_jax.training.state import TrainState
 from opd_jax.types import Metrics
 
 Row = dict[str, Any]
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, has saved its state, and can be resumed."""
 
 
 def train(config: Config, *, resume: bool = False, title: str = "", stop: threading.Event | None = None) -> list[Row]:
@@ -166,6 +163,6 @@ def _evaluate(evaluator: Evaluator, writer: MetricWriter, state: TrainState, ste
 
 
 def _announce(setup: Setup, done: int) -> None:
-    rows = f"{len(setup.records):,} rows" + (f" ({setup.dropped:,} too long, dropped)" if setup.dropped else "")
+    rows = f"{len(setup.records):,} rows{setup.overlong.note()}"
     mesh = " × ".join(f"{name} {size}" for name, size in setup.layout.mesh.shape.items())
     console.print(f"{setup.config.data.source}: {rows}; mesh {mesh}" + (f"; resumed at step {done}" if done else ""))

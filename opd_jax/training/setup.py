@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from opd_jax.config import Config
-from opd_jax.data.pipeline import encode_examples, encode_prompts, prompt_batches, sft_batches
+from opd_jax.data.pipeline import Overlong, encode_examples, encode_prompts, prompt_batches, sft_batches
 from opd_jax.data.sources import Record, load_records
 from opd_jax.data.tokenizers import (
     check_same_tokenizer,
@@ -55,7 +55,7 @@ class Setup:
     stops: tuple[int, ...]
     vocab_size: int
     records: list[Record]
-    dropped: int  # prompts longer than data.max_prompt
+    overlong: Overlong
     batches: Any
     student: DecoderConfig
     teacher: Network | None
@@ -85,7 +85,7 @@ def prepare(config: Config) -> Setup:
     stops = stop_ids(config.student.path, tokenizer)
     if config.teacher:
         _check_teacher(config, tokenizer, vocab_size)
-    records, dropped, batches = _data(config, tokenizer)
+    records, overlong, batches = _data(config, tokenizer)
 
     params, student = load_model(config.student.path, layout)
     check_vocabulary(config.student.path, student.vocab_size, vocab_size)
@@ -120,7 +120,7 @@ def prepare(config: Config) -> Setup:
         stops=stops,
         vocab_size=vocab_size,
         records=records,
-        dropped=dropped,
+        overlong=overlong,
         batches=batches,
         student=student,
         teacher=teacher,
@@ -149,13 +149,13 @@ def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
     check_vocabulary(config.teacher.path, load_decoder_config(config.teacher.path).vocab_size, vocab_size)
 
 
-def _data(config: Config, tokenizer: Any) -> tuple[list[Record], int, Any]:
+def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
     records = load_records(config.data, seed=config.seed)
     max_prompt = config.data.max_prompt
     if config.kind == "sft":
-        examples, records, dropped = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
+        examples, records, overlong = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
         rows, width = config.rollout.prompts * config.rollout.samples, max_prompt + config.rollout.max_response
-        return records, dropped, sft_batches(examples, rows, config.seed, width)
-    encoded, records, dropped = encode_prompts(records, tokenizer, config.data)
+        return records, overlong, sft_batches(examples, rows, config.seed, width)
+    encoded, records, overlong = encode_prompts(records, tokenizer, config.data)
     batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, config.rollout.samples)
-    return records, dropped, batches
+    return records, overlong, batches
