@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -20,7 +23,21 @@ def linear(x: Float[Array, "*rows D"], w: Float[Array, "O D"]) -> Float[Array, "
     Its own derivative rule keeps the products of the backward pass in x's dtype (autodiff would form mixed-precision
     products, which XLA runs at half the speed on CPU) and gives float32 master weights a float32 gradient.
     """
-    return _dot(x, w.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(x.dtype)
+    return product(x, w.astype(x.dtype)).astype(x.dtype)
+
+
+def product(x: Float[Array, "*rows D"], w: Float[Array, "O D"]) -> Float[Array, "*rows O"]:
+    """x wᵀ of one dtype, accumulated and returned in float32 (or wider)."""
+    plain = functools.partial(_dot, contract=((x.ndim - 1,), (1,)))
+    if x.dtype != jnp.float32 or math.prod(x.shape[:-1]) > 32:
+        return plain(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=_few_rows, default=plain)
+
+
+def _few_rows(x: Array, w: Array) -> Array:
+    # 16 × 576 by 49,152: 14 ms as w xᵀ, transposed apart, against 22 ms (XLA on CPU, float32, one core)
+    y = _dot(w, x.reshape(-1, x.shape[-1]), ((1,), (1,)))
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
 
 def _dot(a: Array, b: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:

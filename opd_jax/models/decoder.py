@@ -22,7 +22,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from opd_jax.mesh import Axes, Layout, constrain
-from opd_jax.models.attention import attention, causal_mask, linear, wide
+from opd_jax.models.attention import attention, causal_mask, linear, product, wide
 from opd_jax.models.cache import Cache
 from opd_jax.models.rope import RopeScaling, rotate, rotations
 from opd_jax.types import Params
@@ -207,9 +207,7 @@ def head(params: Params) -> Float[Array, "V D"]:
 
 def unembed(hidden: Float[Array, "*rows D"], head_VD: Float[Array, "V D"]) -> Float[Array, "*rows V"]:
     """Logits in float32 (or wider)."""
-    w = head_VD.astype(hidden.dtype)
-    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, w, contract, preferred_element_type=wide(hidden.dtype))
+    return product(hidden, head_VD.astype(hidden.dtype))
 
 
 def forward(

@@ -45,24 +45,27 @@ def law_logits(logits: Float[Array, "B V"], law: Law) -> Float[Array, "B V"]:
     id. Temperature 0 is greedy: all mass on the lowest of the most probable ids. Without top-p and top-k nothing is
     sorted.
     """
+    law = Law(*map(jnp.asarray, law))
+    cut = jnp.logical_or(law.top_p < 1, law.top_k > 0)
+    which = jnp.where(law.temperature > 0, cut.astype(jnp.int32), 2)
+    return lax.switch(which, [lambda z, law: z / law.temperature, _truncate, _greedy], logits, law)
+
+
+def _greedy(logits: Array, law: Law) -> Array:
     best = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
-    greedy = jnp.where(best, 0.0, -jnp.inf)
-    scaled = logits / jnp.where(jnp.asarray(law.temperature) > 0, law.temperature, 1.0)
-    cut = (jnp.asarray(law.top_p) < 1) | (jnp.asarray(law.top_k) > 0)
-    scaled = lax.cond(cut & (jnp.asarray(law.temperature) > 0), _truncate, lambda z, _: z, scaled, law)
-    return jnp.where(jnp.asarray(law.temperature) > 0, scaled, greedy)
+    return jnp.where(best, jnp.zeros_like(logits), -jnp.inf)
 
 
-def _truncate(scaled: Array, law: Law) -> Array:
-    V = scaled.shape[-1]
+def _truncate(logits: Array, law: Law) -> Array:
+    scaled, V = logits / law.temperature, logits.shape[-1]
     ids = jnp.broadcast_to(jnp.arange(V), scaled.shape)
     falling, order = lax.sort((-scaled, ids), num_keys=2)
     place = jnp.arange(V)
-    in_k = place < jnp.where(jnp.asarray(law.top_k) > 0, law.top_k, V)
+    in_k = place < jnp.where(law.top_k > 0, law.top_k, V)
     prob = jax.nn.softmax(jnp.where(in_k, -falling, -jnp.inf), axis=-1)
     mass_before = jnp.cumsum(prob, axis=-1) - prob
     # rounded mass may reach 1 before the last id
-    kept = in_k & ((mass_before < law.top_p) | (place == 0) | (jnp.asarray(law.top_p) >= 1))
+    kept = in_k & ((mass_before < law.top_p) | (place == 0) | (law.top_p >= 1))
     last = V - 1 - jnp.argmax(kept[:, ::-1], axis=-1)[:, None]
     value, id_ = (jnp.take_along_axis(x, last, -1) for x in (falling, order))
     inside = (-scaled < value) | ((-scaled == value) & (ids <= id_))
