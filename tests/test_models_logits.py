@@ -16,6 +16,9 @@ from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.cache import Cache
 from opd_jax.models.decoder import DecoderConfig, decode_layout, decode_step, forward, head, prefill, unembed
 from opd_jax.models.hf import load_model, save_model
+from opd_jax.sampling.decode import make_engine
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import Request, generate
 from opd_jax.types import Params
 
 NAMES = list(small_models.CONFIGS)
@@ -87,6 +90,17 @@ def test_greedy_through_the_cache(model: Any) -> None:
         np.concatenate([segments, np.ones_like(after)], axis=1),
     )
     np.testing.assert_allclose(logits, full[:, tokens.shape[1] - 1 : -1], rtol=0, atol=TOLERANCE)
+
+
+def test_greedy_through_the_engine(model: Any) -> None:
+    """Three prompts on two slots: the third enters where one has ended, or the cache has moved."""
+    params, config, golden = model
+    tokens, _, segments = small_models.left_padded()
+    asked = [Request(t[s > 0].tolist(), i, 0) for i, (t, s) in enumerate(zip(tokens, segments, strict=True))]
+    engine = make_engine(config, stop_ids=(), vocab_size=config.vocab_size, support=0, dtype=jnp.float32, layout=None)
+    made = generate(engine, engine.cast(params), asked, Law(0.0), 0, 0, slots=2, max_response=small_models.NEW_TOKENS)
+    for i, response in made:
+        np.testing.assert_array_equal(response.tokens, golden["greedy"][i])
 
 
 def test_sharded_logits_match_golden(tmp_path: Path) -> None:
