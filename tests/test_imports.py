@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "tracking": BASE,
     "checkpoints": BASE | {"models", "tracking"},
-    "evaluation": SCORING | {"teacher", "data", "tracking"},
+    "generate": BASE | {"models", "sampling", "data", "tracking"},
+    "evaluation": SCORING | {"teacher", "data", "tracking", "generate"},
     "analysis": SCORING | {"teacher", "evaluation", "data", "tracking"},
     "training": SCORING | EDGE | {"teacher", "objectives", "evaluation"},
 }

@@ -61,6 +61,16 @@ def test_a_line_holds_metrics_rate_and_time_left(monkeypatch):
     ]
 
 
+def test_newer_metrics_without_a_step_do_not_change_the_rate(monkeypatch):
+    clock = _Clock(monkeypatch)
+    console, _, _ = _console()
+    with console.progress(total=100, title="generating") as bar:
+        for step in (0, 4, *[8] * 50):
+            clock.now += 2
+            bar.update(step, {"loss": 1.0})
+        assert bar.rate() == 2.0
+
+
 def test_shown_metrics_can_be_chosen():
     console, file, _ = _console()
     with console.progress(total=2, title="layers", unit="candidate", show=("forward_kl", "dropped")) as bar:

@@ -155,7 +155,8 @@ class Progress:
         """``step`` units are done now; metrics that are not given keep their last shown text."""
         now = time.monotonic()
         self._step = step
-        self._recent.append((step, now))
+        if not self._recent or step != self._recent[-1][0]:  # the same step again only brings newer metrics
+            self._recent.append((step, now))
         if metrics:
             self._metrics = "  ".join(_shown(name, metrics[name]) for name in self._show if name in metrics)
         if self._live is not None:
