@@ -100,7 +100,8 @@ def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Pa
         measured.append(measure(student, out, scores.hidden, scores.head))
     per_row = collect(measured, panel)
     assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
-    return mean_metrics(per_row, panel) | summarise_lengths(collect(batches, panel), panel)
+    rows = collect(batches, panel)
+    return mean_metrics(per_row, panel) | summarise_lengths(rows.lengths, rows.stopped, panel)
 
 
 @pytest.fixture(scope="module")

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax.config import Data
-from opd_jax.data.pipeline import encode_prompts, stack_prompts
+from opd_jax.data.pipeline import encode_prompts
 from opd_jax.data.sources import load_records
-from opd_jax.data.tokenizers import check_vocabulary, load_tokenizer, stop_ids, valid_vocab_size
+from opd_jax.data.tokenizers import load_tokenizer
 from opd_jax.evaluation import heldout
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k, pass_at_k
-from opd_jax.mesh import Layout, make_mesh
-from opd_jax.models.hf import load_model
+from opd_jax.generate import SHOWN, Meter, all_requests, load_sampler
 from opd_jax.sampling.law import Law
-from opd_jax.sampling.scheduler import make_rollout
+from opd_jax.sampling.scheduler import generate
 from opd_jax.tracking.console import console
 
 Row = dict[str, Any]
@@ -43,34 +42,25 @@ def evaluate_model(
         InputError: the model, its tokenizer or the problems cannot be read, or problems lack answers.
     """
     tokenizer = load_tokenizer(model)
-    vocab_size = valid_vocab_size(tokenizer)
     records = load_records(data, seed, require_answer=True)
     encoded, records, overlong = encode_prompts(records, tokenizer, data)
     encoded, records = encoded[:problems], records[:problems]
-    layout = Layout(make_mesh())
-    params, config = load_model(model, layout)
-    check_vocabulary(model, config.vocab_size, vocab_size)
-    width = max(map(len, encoded))
-    prompts = stack_prompts(encoded, range(len(encoded)), width, samples)
-    ways = layout.mesh.size
-    rows = -(-min(batch, len(prompts.lengths)) // ways) * ways
-    panel = heldout.make_panel(prompts, [r.problem for r in records], [r.answer for r in records], rows)
-    rollout = make_rollout(
-        config,
-        max_response=max_response,
-        stop_ids=stop_ids(model, tokenizer),
-        vocab_size=vocab_size,
-        support=1,
-        dtype=jnp.bfloat16,
-        layout=layout,
-    )
-    parts = []
-    with console.progress(len(panel.batches), "generating", unit="batch", show=("tokens_per_second",)) as bar:
-        for rollouts in heldout.sample_panel(rollout, params, panel, Law(temperature, top_p), seed):
-            parts.append(jax.device_get(rollouts))
-            bar.advance()
-    sampled = heldout.collect(parts, panel)
-    texts = heldout.responses(sampled, tokenizer)
+    sampler = load_sampler(model, tokenizer, jnp.bfloat16)
+    requests = all_requests(encoded, samples)
+    rows = len(requests)
+    lengths, stopped, texts = np.zeros(rows, int), np.zeros(rows, bool), [""] * rows
+    with console.progress(rows, "generating", unit="response", show=SHOWN) as bar:
+        meter = Meter(bar)
+        made = generate(
+            sampler.engine, sampler.weights, requests, Law(temperature, top_p), seed, heldout.EVALUATION_STEP,
+            slots=sampler.slots(batch, rows), max_response=max_response, layout=sampler.layout, occupancy=meter,
+        )  # fmt: skip
+        for row, response in made:
+            lengths[row], stopped[row] = len(response.tokens), response.stopped
+            texts[row] = tokenizer.decode(response.tokens.tolist(), skip_special_tokens=True)
+            meter.finished += 1
+        bar.update(rows, meter.row())
+    panel = heldout.Panel((), rows, samples, tuple(r.problem for r in records), tuple(r.answer for r in records))
     with AnswerPool(fallback_number=fallback_number) as pool:
         correct = heldout.grade_rows(panel, texts, pool.grade)
     assert correct is not None
@@ -85,7 +75,7 @@ def evaluate_model(
         "accuracy_interval": [score.low, score.high],
         "pass_at_k": best.mean,
         "pass_at_k_se": best.error,
-    } | heldout.summarise_lengths(sampled, panel)
+    } | heldout.summarise_lengths(lengths, stopped, panel)
     console.table(
         f"{model} on {data.source}: {len(records)} problems{overlong.note()}",
         [f"avg@{samples}", "95 % interval", f"pass@{samples}", "length", "truncated"],

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from opd_jax.losses import position_metrics
 from opd_jax.mesh import Layout
@@ -105,9 +106,9 @@ def ratio_with_error(sums: np.ndarray, counts: np.ndarray, groups: int) -> tuple
     return float(mean), float(error)
 
 
-def summarise_lengths(rollouts: Rollouts, panel: Panel) -> dict[str, float]:
-    """Response length (tokens), truncation and end-of-sequence rates of collected rollouts."""
-    lengths, stopped = np.asarray(rollouts.lengths), np.asarray(rollouts.stopped)
+def summarise_lengths(lengths: ArrayLike, stopped: ArrayLike, panel: Panel) -> dict[str, float]:
+    """Response length (tokens), truncation and end-of-sequence rates of all rows of a panel."""
+    lengths, stopped = np.asarray(lengths), np.asarray(stopped)
     n = len(panel.problems)
     length, error = ratio_with_error(lengths, np.ones_like(lengths), n)
     return {

@@ -104,7 +104,7 @@ class Evaluator:
     def _graded(self, who: str, rollouts: Rollouts) -> tuple[Row, list[Row]]:
         texts = heldout.responses(rollouts, self._setup.tokenizer)
         correct = heldout.grade_rows(self.panel, texts, self._pool.grade)
-        row: Row = {"who": who} | heldout.summarise_lengths(rollouts, self.panel)
+        row: Row = {"who": who} | heldout.summarise_lengths(rollouts.lengths, rollouts.stopped, self.panel)
         if correct is not None:
             score = avg_at_k(correct)
             row |= {"accuracy": score.mean, "accuracy_se": score.error}
