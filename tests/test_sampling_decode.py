@@ -239,13 +239,14 @@ def test_a_response_does_not_depend_on_the_mesh(sizes: tuple[int, int, int]) -> 
     same(responses(engine_of(layout), 8, layout=layout), by_sixteen())
 
 
-def test_refilled_moved_and_narrowed_rows_equal_a_teacher_forced_rescoring() -> None:
+@pytest.mark.parametrize("limit", [120, 33])
+def test_refilled_moved_and_narrowed_rows_equal_a_teacher_forced_rescoring(limit: int) -> None:
     params, config = model(6)
     asked = {(r.id, r.sample): r.tokens for r in requests()}
     score = jax.jit(
         lambda *a: jax.nn.log_softmax(unembed(forward(params, config, *a), head(params))[..., :VOCAB] / 1.5)
     )
-    for key, response in responses(engine_of(), 4).items():
+    for key, response in responses(engine_of(), 4, max_response=limit).items():
         text = np.array([*asked[key], *response.tokens])
         row = np.zeros((1, 160), np.int32)
         row[0, : len(text)] = text

@@ -208,7 +208,8 @@ class _Host:
         return order.reshape(-1).astype(np.int32)
 
     def _columns(self, n: int) -> int:
-        return min(bucket(n), self.width + self.max_response)
+        # A slot that ends within a segment leaves the others up to a segment ahead of its last column.
+        return min(bucket(n), self.width + self.max_response + SEGMENT)
 
     def collect(self, emitted: Emitted, flags: Any) -> Iterator[tuple[int, Response]]:
         """Takes over what a segment made; yields what has ended."""
