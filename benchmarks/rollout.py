@@ -113,7 +113,8 @@ def against_static_batch(repeat: int, copy: float) -> list[Row]:
             for i in range(0, len(asked), slots):
                 run(engine, weights, asked[i : i + slots], slots, limit)
 
-    continuous(), static()
+    continuous()
+    static()
     seconds = alternate({"continuous": continuous, "static": static}, min(repeat, 3))
     row = {
         "prompts": len(asked),
@@ -137,7 +138,8 @@ def by_context(repeat: int, copy: float) -> list[Row]:
     for context in (64, 512, 2048):
         asked = prompts(config, batch, context)
         two, one = (functools.partial(run, engine, weights, asked, batch, n) for n in (2 * length, length))
-        two(), one()
+        two()
+        one()
         seconds = alternate({"two": two, "one": one}, repeat)
         step = (seconds["two"] - seconds["one"]) / length  # without the prefill
         read = step_bytes(config, params, batch, context + 1.5 * length, 2)
