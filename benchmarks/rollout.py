@@ -49,7 +49,7 @@ QWEN3 = DecoderConfig(
     rope_theta=1e6, max_positions=40_960, qk_norm=True, tie_embeddings=True,
 )  # fmt: skip
 Row = dict[str, Any]
-console = Console()
+console = Console(width=140)
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def against_static_batch(repeat: int, copy: float) -> list[Row]:
 
 
 def by_context(repeat: int, copy: float) -> list[Row]:
-    """Time of a step by context length, beside the bytes that it reads (bf16 weights and cache, filled bucket)."""
+    """Time of a step by context length, beside the bytes of bf16 weights and filled cache (on CPU the cache is fp32)."""
     config, batch, rows = LLAMA, 8, []
     params, engine = init_params(config, jax.random.key(0)), engine_of(config, jnp.bfloat16)
     weights, length = engine.cast(params), 32

@@ -303,7 +303,7 @@ def decode_step(
         def attend(q: Array, k: Array, v: Array, i: int = i, window: int = window, cache: Cache = cache):
             cache = cache.write(i, column, k, v)
             mask = causal_mask(positions[:, None], cache.positions, segments, cache.segments, window)
-            return attention(q, cache.k[i], cache.v[i], mask), cache
+            return attention(q.astype(cache.k[i].dtype), cache.k[i], cache.v[i], mask).astype(q.dtype), cache
 
         x, cache = _layer(c, weights["layers"][i])(x, cos, sin, attend, layout)
     return rms_norm(x[:, 0], weights["norm"], c.norm_eps), cache

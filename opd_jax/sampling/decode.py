@@ -84,6 +84,10 @@ def make_engine(
 ) -> Engine:
     """Builds the functions. Ids from ``vocab_size`` on are never sampled; ``support``: k of the returned top-k ids."""
 
+    platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+    # XLA on CPU writes one bfloat16 column by converting the whole cache to float32 and back.
+    cache_dtype = wide(dtype) if platform == "cpu" else dtype
+
     @jax.jit
     def cast(params: Params) -> Params:
         return decode_layout(params, config, dtype, layout)
@@ -93,12 +97,12 @@ def make_engine(
         m, P = tokens.shape
         columns = jnp.arange(P)[None] - (P - lengths[:, None])
         positions, segments = jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
-        cache = Cache.empty(config.layers, m, P, config.kv_heads, config.head_dim, dtype, layout)
+        cache = Cache.empty(config.layers, m, P, config.kv_heads, config.head_dim, cache_dtype, layout)
         return prefill(weights, config, tokens, positions, segments, cache, layout)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def empty(slots: int, columns: int) -> Slots:
-        cache = Cache.empty(config.layers, slots, columns, config.kv_heads, config.head_dim, dtype, layout)
+        cache = Cache.empty(config.layers, slots, columns, config.kv_heads, config.head_dim, cache_dtype, layout)
         zeros = functools.partial(jnp.zeros, slots)
         hidden = jnp.zeros((slots, config.width), dtype)
         keys = jnp.zeros((slots, 2), jnp.uint32)
