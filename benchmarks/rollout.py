@@ -131,7 +131,7 @@ def against_static_batch(repeat: int, copy: float) -> list[Row]:
 
 
 def by_context(repeat: int, copy: float) -> list[Row]:
-    """Time of a step by context length, beside the bytes of bf16 weights and filled cache (on CPU the cache is fp32)."""
+    """Time of a step by context length, beside the bytes of bf16 weights and filled cache (the CPU's cache is fp32)."""
     config, batch, rows = LLAMA, 8, []
     params, engine = init_params(config, jax.random.key(0)), engine_of(config, jnp.bfloat16)
     weights, length = engine.cast(params), 32
