@@ -221,7 +221,7 @@ def by_sixteen() -> dict:
     return responses(engine_of(), 16)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_a_response_does_not_depend_on_slots_order_or_refills(slots: int) -> None:
     want = by_sixteen()
     lengths = [len(r.tokens) for r in want.values()]
@@ -233,13 +233,13 @@ def test_a_response_does_not_depend_on_slots_order_or_refills(slots: int) -> Non
     assert occupancy.busy_waiting > 0.8 * occupancy.all_waiting
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.exhaustive), (2, 2, 2)], ids=str)
 def test_a_response_does_not_depend_on_the_mesh(sizes: tuple[int, int, int]) -> None:
     layout = Layout(make_mesh(*sizes), ROLLOUT)
     same(responses(engine_of(layout), 8, layout=layout), by_sixteen())
 
 
-@pytest.mark.parametrize("limit", [120, 33])
+@pytest.mark.parametrize("limit", [pytest.param(120, marks=pytest.mark.exhaustive), 33])
 def test_refilled_moved_and_narrowed_rows_equal_a_teacher_forced_rescoring(limit: int) -> None:
     params, config = model(6)
     asked = {(r.id, r.sample): r.tokens for r in requests()}
@@ -256,6 +256,7 @@ def test_refilled_moved_and_narrowed_rows_equal_a_teacher_forced_rescoring(limit
         np.testing.assert_allclose(response.logp, logp[at - 1, text[at]], rtol=0, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_shapes_compile_once_and_another_law_seed_or_step_nothing() -> None:
     """200 prompts of 5 to 500 tokens; no end-of-sequence, so that every law meets the same shapes."""
     engine = make_engine(model(6)[1], stop_ids=(), vocab_size=VOCAB, support=1, dtype=jnp.float32, layout=None)
@@ -275,7 +276,7 @@ def test_shapes_compile_once_and_another_law_seed_or_step_nothing() -> None:
         assert compiled(law, seed, step) == first
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.exhaustive)], ids=str)
 def test_the_same_tokens_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     """Weights arrive sharded as in training; the decode loop moves nothing as large as a weight between devices."""
     params, config = model(4)

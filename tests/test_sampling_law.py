@@ -122,7 +122,7 @@ def test_first_and_last_id_at_the_ends_of_the_unit_interval() -> None:
     assert ids.tolist() == [5, 598]
 
 
-@pytest.mark.parametrize("V", [50, 5003])
+@pytest.mark.parametrize("V", [50, pytest.param(5003, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "law",
     [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.9, 0), (1.0, 1.0, 20), (1.3, 0.95, 20), (0.7, 0.9, 0)],
