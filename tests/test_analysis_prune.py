@@ -28,6 +28,7 @@ def model(tmp_path_factory):
     return str(path / "model")
 
 
+@pytest.mark.exhaustive
 def test_layers_without_effect_go_first(model):
     assert layers_to_drop(model, "auto:2", "task:products-5x2") == (1, 2)
 

@@ -21,6 +21,7 @@ from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
 
 
+@pytest.mark.exhaustive
 def test_responses_are_those_of_a_static_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_runs.write_models(tmp_path) / "teacher"
     data = parse_data(f"task:{tiny_runs.TASK}", ["chat=false", "limit=24"])

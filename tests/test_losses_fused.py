@@ -91,7 +91,14 @@ def for_meshes(layout):
 
 
 @pytest.mark.parametrize(
-    ("shape", "vocab"), [((8, 1, 1), 48), ((1, 8, 1), 48), ((2, 2, 2), 48), ((1, 1, 8), 48), ((1, 2, 4), 41)]
+    ("shape", "vocab"),
+    [
+        pytest.param((8, 1, 1), 48, marks=pytest.mark.exhaustive),
+        pytest.param((1, 8, 1), 48, marks=pytest.mark.exhaustive),
+        ((2, 2, 2), 48),
+        pytest.param((1, 1, 8), 48, marks=pytest.mark.exhaustive),
+        ((1, 2, 4), 41),
+    ],
 )
 def test_meshes_do_not_matter(shape, vocab):
     layout = Layout(make_mesh(*shape))

@@ -92,6 +92,7 @@ def test_greedy_through_the_cache(model: Any) -> None:
     np.testing.assert_allclose(logits, full[:, tokens.shape[1] - 1 : -1], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.exhaustive
 def test_greedy_through_the_engine(model: Any) -> None:
     """Three prompts on two slots: the third enters where one has ended, or the cache has moved."""
     params, config, golden = model

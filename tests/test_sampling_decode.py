@@ -221,7 +221,8 @@ def by_sixteen() -> dict:
     return responses(engine_of(), 16)
 
 
-@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("slots", [1, 3])
 def test_a_response_does_not_depend_on_slots_order_or_refills(slots: int) -> None:
     want = by_sixteen()
     lengths = [len(r.tokens) for r in want.values()]

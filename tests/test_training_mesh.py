@@ -118,6 +118,7 @@ def test_the_first_steps_do_not_depend_on_the_mesh(
     )
 
 
+@pytest.mark.exhaustive
 def test_micro_batches_on_a_mesh(models: Path, rollouts: list[Any], on_one_device: Any) -> None:
     setup = setup_on(models, (2, 2, 2), micro_batch=4)
     grads, losses, _, _ = steps_on(setup, rollouts[:1])

@@ -260,6 +260,7 @@ def test_nan_where_nothing_is_trained_does_not_matter() -> None:
     jax.tree.map(np.testing.assert_array_equal, got[:2], want[:2])
 
 
+@pytest.mark.exhaustive
 def test_metrics_at_an_interval_change_no_step(tmp_path: Path) -> None:
     """Sampled, corrected by the rollouts' own log-probs; Eqs. 6-10 at steps 1 and 4 only, and a report all the same."""
     models = tiny_runs.write_models(tmp_path / "models")
