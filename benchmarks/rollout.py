@@ -31,7 +31,7 @@ from rich.table import Table
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
 from opd_jax.sampling import scheduler
-from opd_jax.sampling.decode import Engine, make_engine
+from opd_jax.sampling.decode import SEGMENT, Engine, bucket, make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import Occupancy, Request, generate
 from opd_jax.types import Params
@@ -134,19 +134,23 @@ def by_context(repeat: int, copy: float) -> list[Row]:
     """Time of a step by context length, beside the bytes of bf16 weights and filled cache (the CPU's cache is fp32)."""
     config, batch, rows = LLAMA, 8, []
     params, engine = init_params(config, jax.random.key(0)), engine_of(config, jnp.bfloat16)
-    weights, length = engine.cast(params), 32
+    weights = engine.cast(params)
     for context in (64, 512, 2048):
-        asked = prompts(config, batch, context)
-        two, one = (functools.partial(run, engine, weights, asked, batch, n) for n in (2 * length, length))
-        two()
-        one()
-        seconds = alternate({"two": two, "one": one}, repeat)
-        step = (seconds["two"] - seconds["one"]) / length  # without the prefill
-        read = step_bytes(config, params, batch, context + 1.5 * length, 2)
+
+        def segment(context: int = context) -> float:
+            state: Any = engine.empty(batch, bucket(context + SEGMENT))
+            state = state.replace(column=jnp.int32(context), live=jnp.ones(batch, bool))
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            jax.block_until_ready(engine.segment(weights, state, Law(), 10**6, SEGMENT, batch + 1))
+            return (time.perf_counter() - start) / SEGMENT
+
+        segment()
+        step = float(np.median([segment() for _ in range(3 * repeat)]))
+        read = step_bytes(config, params, batch, context + SEGMENT / 2, 2)
         bound = read / copy / 1e9
-        rows.append(
-            {"context": context, "ms a step": 1e3 * step, "MB read": read / 1e6, "share of bound": bound / step}
-        )
+        row = {"context": context, "ms a step": 1e3 * step, "MB read": read / 1e6, "share of bound": bound / step}
+        rows.append(row)
     for row in rows:
         row["time growth"] = row["ms a step"] / rows[0]["ms a step"]
         row["bytes growth"] = row["MB read"] / rows[0]["MB read"]
