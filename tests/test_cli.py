@@ -321,6 +321,7 @@ def test_the_program_itself_exits_with_2(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_signal_saves_and_resume_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = {"source": "task:products-5x2", "response": "response", "chat": False, "max_prompt": 6, "limit": 64}

@@ -126,6 +126,7 @@ def test_micro_batches_on_a_mesh(models: Path, rollouts: list[Any], on_one_devic
     assert distance(grads[0], on_one_device[0][0]) < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_moves_to_another_mesh(models: Path, rollouts: list[Any], tmp_path: Path) -> None:
     """Saved on (4, 2, 1) after an update, restored on (2, 2, 2) and on one device: every array bit by bit."""
     saved = setup_on(models, (4, 2, 1))
