@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import tempfile
 import time
 import unittest.mock
@@ -34,6 +33,7 @@ from opd_jax.sampling import scheduler
 from opd_jax.sampling.decode import SEGMENT, Engine, bucket, make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import Occupancy, Request, generate
+from opd_jax.tracking.run_dir import cpu_model
 from opd_jax.types import Params
 
 LLAMA = DecoderConfig(
@@ -249,7 +249,7 @@ def bandwidth() -> float:
 
 def hardware() -> str:
     device = jax.devices()[0]
-    return f"{os.cpu_count()} cores, {platform.processor()}" if device.platform == "cpu" else device.device_kind
+    return f"{os.cpu_count()} cores, {cpu_model()}" if device.platform == "cpu" else device.device_kind
 
 
 def show(title: str, rows: list[Row]) -> None:

@@ -158,6 +158,11 @@ class Config(Strict):
             raise ValueError("kind=opd needs teacher.path (a Hugging Face directory); for imitation set kind=sft")
         if self.kind == "sft" and self.data.response is None:
             raise ValueError("kind=sft needs data.response, the column with the text to imitate")
+        if self.kind == "opd" and self.objective.correction != "none" and self.objective.name != "sampled":
+            raise ValueError(
+                f"objective.correction={self.objective.correction} weights a policy gradient, which objective.name="
+                f"{self.objective.name} has none of; set objective.name=sampled or objective.correction=none"
+            )
         rows = self.rollout.prompts * self.rollout.samples
         if self.micro_batch is not None and rows % self.micro_batch:
             raise ValueError(

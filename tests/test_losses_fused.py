@@ -227,6 +227,8 @@ def test_bad_input_is_named():
         distillation_loss(h, w, g, u, y, mask, Objective(correction="tis"), behaviour_logp=jnp.zeros((8, 6)))
     with pytest.raises(InputError, match="advantages has shape"):
         distillation_loss(h, w, g, u, y, mask, FULL, advantages=jnp.zeros((8, 5)))
+    with pytest.raises(InputError, match="weights has shape"):
+        distillation_loss(h, w, g, u, y, mask, FULL, weights=jnp.zeros((8, 5)))
     with pytest.raises(InputError, match="bias of student_readout"):
         distillation_loss(h, w, g, u, y, mask, FULL, student_readout=Readout(jnp.zeros(40)))
     with pytest.raises(InputError, match="axis 'batch' has size 6"):

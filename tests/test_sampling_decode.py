@@ -169,6 +169,14 @@ def test_a_response_does_not_depend_on_its_batch(window: int | None) -> None:
         np.testing.assert_allclose(out.logp, whole.logp[rows], rtol=0, atol=1e-4)
 
 
+def test_fewer_slots_than_rows_make_the_same_rollouts() -> None:
+    """``rollout.slots``: five rows enter as others end."""
+    whole, out = sample(window=4), jax.device_get(rollout_of(4, slots=3)(model(4)[0], prompt_rows(), PLAIN, 0, 7))
+    for name in ("tokens", "lengths", "stopped", "topk_ids"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(whole, name))
+    np.testing.assert_allclose(out.logp, whole.logp, rtol=0, atol=1e-4)
+
+
 def test_samples_steps_and_seeds_differ() -> None:
     out = sample()
     assert not np.array_equal(out.tokens[0], out.tokens[1])  # two samples of one prompt position by position

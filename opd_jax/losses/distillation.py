@@ -171,6 +171,8 @@ def _prepare(
         dataclasses.replace(student_readout, bias=None),
         dataclasses.replace(teacher_readout, bias=None),
     )
+    for what, array in {"mask": mask_BT, "weights": weights}.items():
+        _check_shape(what, array, tokens_BT.shape)
     dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
     mask_BT = mask_BT.astype(bool)
     weight_BT = mask_BT.astype(dtype) if weights is None else jnp.where(mask_BT, weights, 0).astype(dtype)
@@ -208,12 +210,15 @@ def _check(plan: Plan, vocab_size: int | None, hidden_BTD: Array, head_VD: Array
                 f"{what} hidden states have shape {hidden.shape}, expected {(*shape, head.shape[1])}: "
                 f"[B, T] of the tokens and the width of the {what}'s head {head.shape}."
             )
-    arrays = {"mask": x.mask, "weights": x.weight, "behaviour_logp": x.behaviour_logp, "advantages": x.advantages}
-    for what, array in arrays.items():
-        if array is not None and array.shape != shape:
-            raise InputError(f"{what} has shape {array.shape}, expected that of the tokens, {shape}.")
+    for what, array in {"behaviour_logp": x.behaviour_logp, "advantages": x.advantages}.items():
+        _check_shape(what, array, shape)
     for what, bias, rows in zip(("student", "teacher"), (fixed.student_bias, fixed.teacher_bias), widths, strict=True):
         if bias is not None and bias.shape != (rows,):
             raise InputError(f"bias of {what}_readout has shape {bias.shape}, expected {(rows,)}, one a head row.")
     if plan.layout is not None:
         plan.layout.check("tokens", shape, ("batch", None))
+
+
+def _check_shape(what: str, array: Array | None, shape: tuple[int, ...]) -> None:
+    if array is not None and array.shape != shape:
+        raise InputError(f"{what} has shape {array.shape}, expected that of the tokens, {shape}.")

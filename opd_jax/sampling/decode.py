@@ -139,27 +139,9 @@ def make_engine(
         slots, emitted, flags = lax.while_loop(going, step, (slots, emitted, flags))
         return slots, emitted, jax.tree.map(lambda x: constrain(x, (), layout), flags)
 
-    def move(slots: Slots, shift: int, columns: int, rows: Array | None = None) -> Slots:
-        """The same state in a cache of ``columns``, ``shift`` columns further left, with the ``rows`` given only."""
-
-        def moved(x: Array, axis: int | None) -> Array:
-            out = _moved(layout, x, axis, columns, shift, rows)
-            x.delete()  # one array at a time: no second cache is needed
-            return out
-
-        cache = Cache(
-            tuple(moved(x, 2) for x in slots.cache.k),
-            tuple(moved(x, 2) for x in slots.cache.v),
-            moved(slots.cache.positions, 1),
-            moved(slots.cache.segments, 1),
-        )
-        if rows is not None:
-            per_row = (slots.hidden, slots.position, slots.prompt, slots.keys, slots.live)
-            hidden, position, prompt, keys, live = (moved(x, None) for x in per_row)
-            slots = Slots(slots.column, hidden, position, prompt, keys, live, slots.cache)
-        return slots.replace(column=slots.column - shift, cache=cache)  # pyright: ignore[reportAttributeAccessIssue]
-
-    return Engine(cast, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, move)
+    return Engine(
+        cast, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, functools.partial(_move, layout)
+    )
 
 
 def bucket(n: int, smallest: int = 32) -> int:
@@ -258,6 +240,26 @@ def _on_rows(layout: Layout | None, f: Callable[..., Any], arguments: Any) -> Ca
 
 def _axes(x: Any) -> Axes:
     return {0: (), 4: ("batch", "kv_heads", None, None)}.get(x.ndim, ("batch",))
+
+
+def _move(layout: Layout | None, slots: Slots, shift: int, columns: int, rows: Array | None = None) -> Slots:
+    """The same state in a cache of ``columns``, ``shift`` columns further left, with the ``rows`` given only."""
+
+    def moved(x: Array, axis: int | None) -> Array:
+        out = _moved(layout, x, axis, columns, shift, rows)
+        x.delete()  # one array at a time: no second cache is needed
+        return out
+
+    cache = Cache(
+        tuple(moved(x, 2) for x in slots.cache.k),
+        tuple(moved(x, 2) for x in slots.cache.v),
+        moved(slots.cache.positions, 1),
+        moved(slots.cache.segments, 1),
+    )
+    per_row = (slots.hidden, slots.position, slots.prompt, slots.keys, slots.live)
+    if rows is not None:
+        per_row = tuple(moved(x, None) for x in per_row)
+    return Slots(slots.column - shift, *per_row, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -98,10 +98,9 @@ def generate(
         state = host.fill(state, weights, seed, step)
         if not host.live.any():
             return
-        state = host.make_room(state)
-        waiting = host.waiting()
+        steps, waiting = host.steps(), host.waiting()
+        state = host.make_room(state, steps)
         patience = max(1, len(host.owner) // 8) if waiting else len(host.owner) + 1
-        steps = min(SEGMENT, int((max_response - host.position[host.live]).max()))
         state, emitted, flags = engine.segment(weights, state, law, max_response, steps, patience)
         flags = jax.device_get(flags)
         if occupancy:
@@ -178,9 +177,12 @@ class _Host:
         ids, samples = (np.asarray([getattr(r, n) for r in owners], np.uint32) for n in ("id", "sample"))
         return self.engine.place(state, hidden, cache, lengths, source, (seed, step, ids, samples))
 
-    def make_room(self, state: Slots) -> Slots:
+    def steps(self) -> int:
+        """Tokens that the next segment may make: no slot needs more."""
+        return min(SEGMENT, int((self.max_response - self.position[self.live]).max()))
+
+    def make_room(self, state: Slots, steps: int) -> Slots:
         """Moves the live part of the cache to the left, and into wider or narrower arrays, as the segment needs."""
-        steps = min(SEGMENT, int((self.max_response - self.position[self.live]).max()))
         # A prompt as long as the longest must find its columns before the shared one.
         shift = min(int(self.first[self.live].min()), self.column - self.width)
         fitting = self._columns(self.column - shift + steps)

@@ -141,7 +141,7 @@ def describe_environment() -> Row:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "devices": dict(Counter(d.device_kind for d in devices)),
         "device_count": len(devices),
         "process_count": jax.process_count(),
@@ -209,7 +209,8 @@ def _git_revision() -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor as the kernel names it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

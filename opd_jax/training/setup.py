@@ -79,6 +79,7 @@ def prepare(config: Config) -> Setup:
     layout = Layout(mesh)
     rows = config.rollout.prompts * config.rollout.samples
     layout.check("rollout.prompts × rollout.samples", (rows,), ("batch",))
+    layout.check("rollout.slots", (config.rollout.slots or rows,), ("batch",))
     layout.check("micro_batch", (config.micro_batch or rows,), ("batch",))
     tokenizer = load_tokenizer(config.student.path)
     vocab_size = valid_vocab_size(tokenizer)
