@@ -31,6 +31,7 @@ from opd_jax.data.tokenizers import load_tokenizer, stop_ids, valid_vocab_size
 from opd_jax.losses.reference import reference_token_loss
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_model
+from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.sampling.states import response_mask, response_states
@@ -95,8 +96,8 @@ def visit(student: str, teacher: str, source: str, sequences: int) -> States:
     encoded = encode_prompts(load_records(data), tokenizer, data)[0][:sequences]
     prompts = stack_prompts(encoded, range(len(encoded)), max(map(len, encoded)))
     params, config = load_model(student)
-    stops = stop_ids(student, tokenizer)
-    rollouts = make_rollout(config, max_response=LENGTH, stop_ids=stops, vocab_size=vocab)(params, prompts, Law(), 0, 0)
+    engine = make_engine(config, stop_ids=stop_ids(student, tokenizer), vocab_size=vocab)
+    rollouts = make_rollout(engine, max_response=LENGTH)(engine.cast(params), prompts, Law(), 0, 0)
     chosen = np.asarray(response_mask(rollouts)) & (
         (np.arange(LENGTH) + np.arange(len(encoded))[:, None]) % STRIDE == 0
     )

@@ -160,7 +160,7 @@ def generate_file(
             meter = Meter(bar, len(finished), stop)
             made = generate(
                 sampler.engine, sampler.weights, requests, law, seed, GENERATE_STEP,
-                slots=slots, max_response=max_response, layout=sampler.layout, occupancy=meter,
+                slots=slots, max_response=max_response, occupancy=meter,
             )  # fmt: skip
             for index, response in made:
                 request = requests[index]

@@ -17,6 +17,7 @@ from opd_jax.data.tokenizers import load_tokenizer
 from opd_jax.evaluation import avg_at_k, heldout
 from opd_jax.generate import load_sampler
 from opd_jax.models.hf import load_model
+from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
 
@@ -36,8 +37,9 @@ def test_responses_are_those_of_a_static_batch(tmp_path: Path, monkeypatch: pyte
     records = load_records(data, 5)
     prompts = stack_prompts(encode_prompts(records, tokenizer, data)[0], range(24), 6, samples=4)
     params, network = load_model(model)
-    rollout = make_rollout(network, max_response=12, stop_ids=(1,), vocab_size=tiny_runs.VOCAB, support=1)
-    static = jax.device_get(rollout(params, prompts, Law(0.7, 0.95), 5, heldout.EVALUATION_STEP))
+    engine = make_engine(network, stop_ids=(1,), vocab_size=tiny_runs.VOCAB, support=1)
+    rollout = make_rollout(engine, max_response=12)
+    static = jax.device_get(rollout(engine.cast(params), prompts, Law(0.7, 0.95), 5, heldout.EVALUATION_STEP))
     assert [row["response"] for row in rows] == heldout.responses(static, tokenizer)
     assert [(row["id"], row["sample"]) for row in rows] == [(r.id, s) for r in records for s in range(4)]
     assert (result["problems"], result["samples"]) == (24, 4)

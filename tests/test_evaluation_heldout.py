@@ -26,6 +26,7 @@ from opd_jax.evaluation.heldout import (
 )
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
+from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.teacher import make_score
@@ -106,7 +107,9 @@ def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Pa
 
 @pytest.fixture(scope="module")
 def rollout() -> Any:
-    return make_rollout(STUDENT, max_response=6, stop_ids=(1,), vocab_size=VOCAB, support=4, layout=ONE)
+    engine = make_engine(STUDENT, stop_ids=(1,), vocab_size=VOCAB, support=4, layout=ONE)
+    sample = make_rollout(engine, max_response=6)
+    return lambda params, *rest: sample(engine.cast(params), *rest)
 
 
 def test_a_student_that_is_its_teacher(rollout: Any) -> None:

@@ -56,15 +56,9 @@ def prompt_rows(width: int = PROMPT, rows: Any = range(ROWS)) -> Prompts:
 
 @functools.cache
 def rollout_of(window: int | None = None, layout: Layout | None = None, slots: int | None = None) -> Any:
-    return make_rollout(
-        model(window)[1],
-        max_response=RESPONSE,
-        stop_ids=STOPS,
-        vocab_size=VOCAB,
-        support=TOP,
-        slots=slots,
-        layout=layout,
-    )
+    engine = make_engine(model(window)[1], stop_ids=STOPS, vocab_size=VOCAB, support=TOP, layout=layout)
+    sample = make_rollout(engine, max_response=RESPONSE, slots=slots)
+    return lambda params, *rest: sample(engine.cast(params), *rest)
 
 
 def sample(law: Law = PLAIN, window: int | None = None, step: int = 7) -> Rollouts:
@@ -197,14 +191,14 @@ def requests(n: int = 24, samples: int = 2) -> list[Request]:
     return [Request(text, 100 + i, s) for i, text in enumerate(texts) for s in range(samples)]
 
 
-def responses(engine: Any, slots: int, order: Any = None, layout: Layout | None = None, **options: Any) -> dict:
+def responses(engine: Any, slots: int, order: Any = None, **options: Any) -> dict:
     """{(id, sample): response} of the requests in the order given; long responses, so that the cache is moved."""
     asked = requests()
     asked = asked if order is None else [asked[i] for i in order]
-    settings: dict[str, Any] = {"slots": slots, "max_response": 120, "layout": layout} | options
+    settings: dict[str, Any] = {"slots": slots, "max_response": 120} | options
     params = model(6)[0]
-    if layout:
-        params = jax.device_put(params, parameter_shardings(model(6)[1], Layout(layout.mesh)))
+    if engine.layout:
+        params = jax.device_put(params, parameter_shardings(model(6)[1], Layout(engine.layout.mesh)))
     made = generate(engine, engine.cast(params), asked, Law(1.5), 3, 4, **settings)
     out = {(asked[i].id, asked[i].sample): response for i, response in made}
     assert len(out) == len(asked)
@@ -245,7 +239,7 @@ def test_a_response_does_not_depend_on_slots_order_or_refills(slots: int) -> Non
 @pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.exhaustive), (2, 2, 2)], ids=str)
 def test_a_response_does_not_depend_on_the_mesh(sizes: tuple[int, int, int]) -> None:
     layout = Layout(make_mesh(*sizes), ROLLOUT)
-    same(responses(engine_of(layout), 8, layout=layout), by_sixteen())
+    same(responses(engine_of(layout), 8), by_sixteen())
 
 
 @pytest.mark.parametrize("limit", [pytest.param(120, marks=pytest.mark.exhaustive), 33])
@@ -310,9 +304,9 @@ def test_bad_requests_are_named() -> None:
         list(generate(engine, {}, [Request([], 7, 0)], PLAIN, 0, 0, slots=1, max_response=4))
     with pytest.raises(InputError, match="slots = 0"):
         list(generate(engine, {}, requests(), PLAIN, 0, 0, slots=0, max_response=4))
-    layout = Layout(make_mesh(8, 1, 1), ROLLOUT)
+    engine = engine_of(Layout(make_mesh(8, 1, 1), ROLLOUT))
     with pytest.raises(InputError, match="multiple of the 8 batch shards"):
-        list(generate(engine, {}, requests(), PLAIN, 0, 0, slots=12, max_response=4, layout=layout))
+        list(generate(engine, {}, requests(), PLAIN, 0, 0, slots=12, max_response=4))
 
 
 def collective_sizes_in_loops(program: str) -> list[int]:

@@ -52,7 +52,10 @@ def rollouts(models: Path) -> list[Any]:
     setup = setup_on(models, (1, 1, 1))
     law = rollout_law(setup.config)
     prompts = [setup.layout.put_rows(next(setup.batches)) for _ in range(STEPS)]
-    return [jax.device_get(setup.rollout(setup.state.params, p, law, 0, i + 1)) for i, p in enumerate(prompts)]
+    return [
+        jax.device_get(setup.rollout(setup.graphs.engine(setup.student).cast(setup.state.params), p, law, 0, i + 1))
+        for i, p in enumerate(prompts)
+    ]
 
 
 def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float], list[float], Any]:
@@ -63,20 +66,20 @@ def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float],
             functools.partial(_loss, setup), params, rollouts, hidden, frozen=frozen, micro_batch=config.micro_batch
         )
     )
-    assert setup.score
+    assert setup.graphs.score
     assert setup.teacher
     grads, losses, norms, state = [], [], [], setup.state
     for batch in rollouts:
         batch = setup.layout.put_rows(batch)
-        scores = setup.score(setup.teacher.params, batch)
+        scores = setup.graphs.score(setup.teacher.params, batch)
         grad, loss, _ = gradient(state.params, batch, scores.hidden, scores.head)
-        state, metrics = setup.update(state, batch, scores.hidden, frozen=scores.head)
+        state, metrics = setup.graphs.update(state, batch, scores.hidden, frozen=scores.head)
         np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
         grads.append(jax.device_get(grad))
         losses.append(float(loss))
         norms.append(float(metrics["gradient_norm"][0]))
     assert int(state.skipped) == 0
-    assert setup.update._cache_size() == 1
+    assert setup.graphs.update._cache_size() == 1
     return grads, losses, norms, state.params
 
 
@@ -114,7 +117,8 @@ def test_the_first_steps_do_not_depend_on_the_mesh(
     for name, (got, want) in {"params": (params, want_params)}.items():
         assert distance(got, want) < 1e-4, name  # Adam turns rounding of gradients near 0 into steps of ±lr
     assert all(
-        a.sharding == b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(setup.shardings.params), strict=True)
+        a.sharding == b
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(setup.graphs.shardings.params), strict=True)
     )
 
 
@@ -130,22 +134,22 @@ def test_micro_batches_on_a_mesh(models: Path, rollouts: list[Any], on_one_devic
 def test_a_checkpoint_moves_to_another_mesh(models: Path, rollouts: list[Any], tmp_path: Path) -> None:
     """Saved on (4, 2, 1) after an update, restored on (2, 2, 2) and on one device: every array bit by bit."""
     saved = setup_on(models, (4, 2, 1))
-    assert saved.score
+    assert saved.graphs.score
     assert saved.teacher
     batch = saved.layout.put_rows(rollouts[0])
-    scores = saved.score(saved.teacher.params, batch)
-    state, _ = saved.update(saved.state, batch, scores.hidden, frozen=scores.head)
+    scores = saved.graphs.score(saved.teacher.params, batch)
+    state, _ = saved.graphs.update(saved.state, batch, scores.hidden, frozen=scores.head)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, {"data": saved.batches.get_state()})
     checkpoints.close()
     want = jax.device_get(state)
     for sizes in ((2, 2, 2), (1, 1, 1)):
         other = setup_on(models, sizes)
-        found = Checkpoints(tmp_path, keep=1).restore(abstract(other.state, other.shardings))
+        found = Checkpoints(tmp_path, keep=1).restore(abstract(other.state, other.graphs.shardings))
         assert found is not None
         got, position = found
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
-        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(other.shardings), strict=True)
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(other.graphs.shardings), strict=True)
         assert all(x.sharding == s for x, s in pairs)
         other.batches.set_state(position["data"])
         jax.tree.map(np.testing.assert_array_equal, next(other.batches), next(saved.batches))

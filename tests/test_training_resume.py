@@ -108,7 +108,7 @@ def rows(run: Path, log: str) -> list[dict[str, Any]]:
 
 def final_state(config: Config) -> tuple[Any, Any]:
     setup = prepare(config)
-    found = Checkpoints(Path(config.run_dir) / "checkpoints", 1).restore(abstract(setup.state, setup.shardings))
+    found = Checkpoints(Path(config.run_dir) / "checkpoints", 1).restore(abstract(setup.state, setup.graphs.shardings))
     assert found is not None
     return jax.device_get(found[0]), found[1]
 

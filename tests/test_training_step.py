@@ -108,8 +108,8 @@ def test_sft_step_equals_torch(tmp_path: Path) -> None:
     settings = Optimizer(lr=1e-2, weight_decay=0.1, clip=0.5)
     optimizer, _ = make_optimizer(settings, 10)
     loss_fn = functools.partial(sft_loss, config=network, vocab_size=network.vocab_size, dtype=jnp.float32)
-    state = create_state(params, optimizer, network, ONE)
-    shardings = state_shardings(state.params, optimizer, network, ONE)
+    shardings = state_shardings(optimizer, network, ONE)
+    state = create_state(params, optimizer, shardings)
     grads, loss, _ = gradient(loss_fn, state.params, batch)
     state, metrics = make_update(loss_fn, optimizer, shardings=shardings, layout=ONE)(state, batch)
 
@@ -232,8 +232,8 @@ def test_a_batch_that_is_not_finite_changes_nothing() -> None:
     optimizer, _ = make_optimizer(Optimizer(lr=1e-3), 10)
     params, (batch, teacher_head) = tiny_runs.params_of(STUDENT, 0), opd_batch()
     rollouts, hidden = batch
-    new_state = functools.partial(create_state, params, optimizer, STUDENT, ONE)
-    shardings = state_shardings(params, optimizer, STUDENT, ONE)
+    shardings = state_shardings(optimizer, STUDENT, ONE)
+    new_state = functools.partial(create_state, params, optimizer, shardings)
     update = make_update(opd, optimizer, shardings=shardings, layout=ONE)
     want, want_metrics = jax.device_get(update(new_state(), rollouts, hidden, frozen=teacher_head))
 

@@ -19,6 +19,7 @@ from opd_jax.errors import InputError
 from opd_jax.losses import distillation_loss
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_model
+from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.sampling.states import response_mask, response_states
@@ -68,10 +69,8 @@ def least_important_layers(model: str | Path, data: Data, count: int) -> list[in
     encoded = encoded[:PROMPTS]
     prompts = stack_prompts(encoded, range(len(encoded)), max(map(len, encoded)))
     dtype = jnp.bfloat16
-    rollout = make_rollout(
-        config, max_response=RESPONSE, stop_ids=stop_ids(model, tokenizer), vocab_size=vocab_size, dtype=dtype
-    )
-    rollouts = rollout(params, prompts, Law(), 0, 0)
+    engine = make_engine(config, stop_ids=stop_ids(model, tokenizer), vocab_size=vocab_size, dtype=dtype)
+    rollouts = make_rollout(engine, max_response=RESPONSE)(engine.cast(params), prompts, Law(), 0, 0)
     whole = jax.jit(lambda p: response_states(p, config, rollouts, dtype=dtype))(params)
 
     kept = list(range(config.layers))

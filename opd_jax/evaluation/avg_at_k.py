@@ -53,7 +53,7 @@ def evaluate_model(
         meter = Meter(bar)
         made = generate(
             sampler.engine, sampler.weights, requests, Law(temperature, top_p), seed, heldout.EVALUATION_STEP,
-            slots=sampler.slots(batch, rows), max_response=max_response, layout=sampler.layout, occupancy=meter,
+            slots=sampler.slots(batch, rows), max_response=max_response, occupancy=meter,
         )  # fmt: skip
         for row, response in made:
             lengths[row], stopped[row] = len(response.tokens), response.stopped

@@ -58,11 +58,11 @@ def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str 
 
 
 def sample_panel(
-    rollout: Callable[..., Rollouts], params: Params, panel: Panel, law: Law, seed: int
+    rollout: Callable[..., Rollouts], weights: Params, panel: Panel, law: Law, seed: int
 ) -> Iterator[Rollouts]:
-    """The rollouts of one evaluation, batch by batch, on the device."""
+    """The rollouts of one evaluation, batch by batch, on the device; ``weights`` as ``rollout`` takes them."""
     for prompts in panel.batches:
-        yield rollout(params, prompts, law, seed, EVALUATION_STEP)
+        yield rollout(weights, prompts, law, seed, EVALUATION_STEP)
 
 
 def make_measure(

@@ -71,6 +71,9 @@ class Engine:
     segment: Callable[..., tuple[Slots, Emitted, Flags]]
     empty: Callable[[int, int], Slots]  # (slots, columns)
     move: Callable[..., Slots]
+    layout: Layout | None
+    support: int  # k of the emitted top-k
+    float_dtype: Any  # of emitted log-probabilities
 
 
 def make_engine(
@@ -78,12 +81,19 @@ def make_engine(
     *,
     stop_ids: tuple[int, ...],
     vocab_size: int,
-    support: int,
-    dtype: Any,
-    layout: Layout | None,
+    support: int = 16,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
 ) -> Engine:
-    """Builds the functions. Ids from ``vocab_size`` on are never sampled; ``support``: k of the returned top-k ids."""
+    """Builds the functions. Ids from ``vocab_size`` on (padding of the head) are never sampled.
 
+    Args:
+        stop_ids: a response ends with one of them, which belongs to it.
+        support: k of the returned top-k ids.
+        layout: a mesh with the table for decoding (``ROLLOUT``).
+    """
+
+    support = min(support, vocab_size)
     platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
     # XLA on CPU writes one bfloat16 column by converting the whole cache to float32 and back.
     cache_dtype = wide(dtype) if platform == "cpu" else dtype
@@ -124,7 +134,7 @@ def make_engine(
     ) -> tuple[Slots, Emitted, Flags]:
         B, float_dtype = slots.live.shape[0], wide(dtype)
         zeros = functools.partial(jnp.zeros, (B, SEGMENT))
-        lists = functools.partial(jnp.zeros, (B, SEGMENT, min(support, vocab_size)))
+        lists = functools.partial(jnp.zeros, (B, SEGMENT, support))
         emitted = Emitted(
             zeros(jnp.int32), zeros(float_dtype), zeros(float_dtype), lists(jnp.int32), lists(float_dtype)
         )
@@ -140,8 +150,9 @@ def make_engine(
         return slots, emitted, jax.tree.map(lambda x: constrain(x, (), layout), flags)
 
     return Engine(
-        cast, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, functools.partial(_move, layout)
-    )
+        cast, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, functools.partial(_move, layout), layout,
+        support, wide(dtype),
+    )  # fmt: skip
 
 
 def bucket(n: int, smallest: int = 32) -> int:
@@ -257,9 +268,8 @@ def _move(layout: Layout | None, slots: Slots, shift: int, columns: int, rows: A
         moved(slots.cache.segments, 1),
     )
     per_row = (slots.hidden, slots.position, slots.prompt, slots.keys, slots.live)
-    if rows is not None:
-        per_row = tuple(moved(x, None) for x in per_row)
-    return Slots(slots.column - shift, *per_row, cache)
+    hidden, position, prompt, keys, live = per_row if rows is None else (moved(x, None) for x in per_row)
+    return Slots(slots.column - shift, hidden, position, prompt, keys, live, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -7,7 +7,6 @@ reads only the responses of its own slots.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,7 @@ import numpy as np
 
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout
-from opd_jax.models.attention import wide
-from opd_jax.models.decoder import DecoderConfig
-from opd_jax.sampling.decode import SEGMENT, Emitted, Engine, Slots, bucket, make_engine
+from opd_jax.sampling.decode import SEGMENT, Emitted, Engine, Slots, bucket
 from opd_jax.sampling.law import Law
 from opd_jax.types import Params, Prompts, Rollouts
 
@@ -72,7 +69,6 @@ def generate(
     *,
     slots: int,
     max_response: int,
-    layout: Layout | None = None,
     occupancy: Occupancy | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Yields (index of the request, response) as they finish; ``weights`` are ``engine.cast(params)``.
@@ -82,7 +78,7 @@ def generate(
     Raises:
         InputError: no slots, more shards than slots, or an empty prompt.
     """
-    shards = _ways(layout)
+    shards = _ways(engine.layout)
     if slots < 1 or slots % shards:
         raise InputError(
             f"slots = {slots}: must be a positive multiple of the {shards} batch shards (mesh.data × mesh.fsdp)."
@@ -235,49 +231,36 @@ class _Host:
 
 
 def make_rollout(
-    config: DecoderConfig,
-    *,
-    max_response: int,
-    stop_ids: tuple[int, ...],
-    vocab_size: int,
-    support: int = 16,
-    slots: int | None = None,
-    dtype: Any = jnp.float32,
-    layout: Layout | None = None,
+    engine: Engine, *, max_response: int, slots: int | None = None
 ) -> Callable[[Params, Prompts, Law, int, int], Rollouts]:
-    """Builds ``rollout(params, prompts, law, seed, step) → Rollouts`` for training: rows in, the same rows out.
+    """Builds ``rollout(weights, prompts, law, seed, step) → Rollouts`` for training: rows in, the same rows out, as
+    NumPy arrays on the host.
 
-    Weights are cast and resharded once per call. Ids from ``vocab_size`` on (padding of the head) are never sampled. A
-    row ends with an id of ``stop_ids``, which belongs to the response.
+    ``weights`` are ``engine.cast(params)``: cast and resharded once, for as many calls as they serve.
 
     Args:
-        support: k of the returned top-k ids.
+        max_response: tokens; longer responses are cut.
         slots: rows decoded together; None: all rows of the prompts.
     """
-    engine = make_engine(config, stop_ids=stop_ids, vocab_size=vocab_size, support=support, dtype=dtype, layout=layout)
-    k, float_dtype = min(support, vocab_size), wide(dtype)
 
-    def rollout(params: Params, prompts: Prompts, law: Law, seed: int, step: int) -> Rollouts:
+    def rollout(weights: Params, prompts: Prompts, law: Law, seed: int, step: int) -> Rollouts:
         host: Prompts = jax.device_get(prompts)
         B, R = len(host.lengths), max_response
         rows = zip(host.tokens, host.lengths, host.ids, host.samples, strict=True)
         requests = [Request(t[len(t) - n :].tolist(), int(i), int(s)) for t, n, i, s in rows]
         tokens, lengths, stopped = np.zeros((B, R), np.int32), np.zeros(B, np.int32), np.zeros(B, bool)
-        logp, entropy = np.zeros((2, B, R), float_dtype)
-        topk_ids, topk_logp = np.zeros((B, R, k), np.int32), np.zeros((B, R, k), float_dtype)
+        logp, entropy = np.zeros((2, B, R), engine.float_dtype)
+        topk_ids = np.zeros((B, R, engine.support), np.int32)
+        topk_logp = np.zeros(topk_ids.shape, engine.float_dtype)
         arrays = (tokens, logp, entropy, topk_ids, topk_logp)
-        made = generate(
-            engine, engine.cast(params), requests, law, seed, step,
-            slots=min(slots or B, B), max_response=R, layout=layout,
-        )  # fmt: skip
+        made = generate(engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R)
         for row, response in made:
             n = lengths[row] = len(response.tokens)
             stopped[row] = response.stopped
             for array, value in zip(arrays, response, strict=False):
                 array[row, :n] = value
-        result = (tokens, lengths, stopped, logp, entropy, topk_ids, topk_logp)
-        put = layout.put_rows if layout else functools.partial(jax.tree.map, jnp.asarray)
-        return Rollouts(put(host), *put(result))
+        result: Any = (tokens, lengths, stopped, logp, entropy, topk_ids, topk_logp)
+        return Rollouts(host, *result)
 
     return rollout
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
@@ -14,6 +14,7 @@ from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.sampling.law import Law
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.tracking.console import console
 from opd_jax.training.setup import Network, Setup
 from opd_jax.types import Params, Rollouts
@@ -42,32 +43,20 @@ class Evaluator:
         self.panel = heldout.make_panel(prompts, problems, answers, -(-rows // ways) * ways)
         self._setup = setup
         self._law = Law(settings.temperature, settings.top_p)
-        self._sample = {setup.student: self._new_rollout(setup.student)}
-        self._measure = heldout.make_measure(
-            setup.student,
-            k=setup.config.objective.k,
-            vocab_size=setup.vocab_size,
-            dtype=jnp.dtype(setup.config.dtype),
-            layout=setup.layout,
-        )
+        self._max_response = settings.max_response or setup.config.rollout.max_response
         self._reference: list[Rollouts] = []
         self._pool = AnswerPool()
 
     def student(self, params: Params) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the student with these weights."""
-        batches, measured, of_teacher = [], [], []
+        batches, measured = [], []
         with self._progress("evaluating the student") as bar:
             for rollouts in self._rollouts(self._setup.student, params):
-                batches.append(jax.device_get(rollouts))
-                if self._setup.score and self._setup.teacher:
-                    scores = self._setup.score(self._setup.teacher.params, rollouts)
-                    measured.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
+                batches.append(rollouts)
+                if self._setup.teacher:
+                    measured.append(self._measured(params, rollouts))
                 bar.advance()
-        for rollouts in self._reference:
-            assert self._setup.score
-            assert self._setup.teacher
-            scores = self._setup.score(self._setup.teacher.params, rollouts)
-            of_teacher.append(jax.device_get(self._measure(params, rollouts, scores.hidden, scores.head)))
+        of_teacher = [self._measured(params, rollouts) for rollouts in self._reference]
         row, samples = self._graded("student", heldout.collect(batches, self.panel))
         if measured:
             row |= heldout.mean_metrics(heldout.collect(measured, self.panel), self.panel)
@@ -79,24 +68,27 @@ class Evaluator:
 
     def teacher(self, teacher: Network) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the teacher; keeps its rollouts for ``student``."""
-        self._sample.setdefault(teacher.config, self._new_rollout(teacher.config))
         with self._progress("evaluating the teacher") as bar:
             for rollouts in self._rollouts(teacher.config, teacher.params):
                 self._reference.append(rollouts)
                 bar.advance()
-        rollouts = [jax.device_get(r) for r in self._reference]
-        return self._graded("teacher", heldout.collect(rollouts, self.panel))
+        return self._graded("teacher", heldout.collect(self._reference, self.panel))
 
     def close(self) -> None:
         self._pool.__exit__()
 
-    def _new_rollout(self, network: DecoderConfig) -> Any:
-        settings = self._setup.config.evaluation
-        length = settings.max_response or self._setup.config.rollout.max_response
-        return self._setup.make_rollout(network, max_response=length)
+    def _rollouts(self, network: DecoderConfig, params: Params) -> Iterator[Rollouts]:
+        engine = self._setup.graphs.engine(network)
+        sample = make_rollout(engine, max_response=self._max_response)
+        return heldout.sample_panel(sample, engine.cast(params), self.panel, self._law, self._setup.config.seed)
 
-    def _rollouts(self, network: DecoderConfig, params: Params) -> Any:
-        return heldout.sample_panel(self._sample[network], params, self.panel, self._law, self._setup.config.seed)
+    def _measured(self, params: Params, rollouts: Rollouts) -> Any:
+        """Sums over each row of the metrics of student against teacher."""
+        setup, rows = self._setup, self._setup.layout.put_rows(rollouts)
+        assert setup.teacher
+        assert setup.graphs.score
+        scores = setup.graphs.score(setup.teacher.params, rows)
+        return jax.device_get(setup.graphs.measure(params, rows, scores.hidden, scores.head))
 
     def _progress(self, title: str) -> Any:
         return console.progress(total=len(self.panel.batches), title=title, unit="batch")

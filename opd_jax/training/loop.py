@@ -37,7 +37,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     run = open_run(config.run_dir, dump_config(config), resume)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     state, done = setup.state, 0
-    restored = checkpoints.restore(abstract(state, setup.shardings)) if resume else None
+    restored = checkpoints.restore(abstract(state, setup.graphs.shardings)) if resume else None
     if restored:
         jax.tree.map(lambda x: x.delete(), setup.state)  # or two states would live as long as the run
         state, position = restored
@@ -73,21 +73,23 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
 
 
 def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, Row]:
+    graphs = setup.graphs
     assert setup.teacher
-    assert setup.score
+    assert graphs.score
     clock = _Clock()
     prompts = next(setup.batches)
-    rollouts = clock(
-        "rollout", setup.rollout(state.params, prompts, rollout_law(setup.config), setup.config.seed, step)
-    )
-    scores = clock("score", setup.score(setup.teacher.params, rollouts))
-    update = setup.update if (step - 1) % setup.config.metrics_every == 0 else setup.update_unmeasured
+    weights = clock("reshard", graphs.engine(setup.student).cast(state.params))
+    law, seed = rollout_law(setup.config), setup.config.seed
+    host = clock("rollout", setup.rollout(weights, prompts, law, seed, step))
+    del weights
+    rollouts = setup.layout.put_rows(host)
+    scores = clock("score", graphs.score(setup.teacher.params, rollouts))
+    update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
     state, metrics = clock("update", update(state, rollouts, scores.hidden, frozen=scores.head))
-    lengths, stopped, metrics = jax.device_get((rollouts.lengths, rollouts.stopped, metrics))
-    row = means(metrics) | {
-        "response_length": float(np.mean(lengths)),
-        "truncation_rate": float(np.mean(~stopped)),
-        "tokens_per_second": float(np.sum(lengths)) / clock.total(),
+    row = means(jax.device_get(metrics)) | {
+        "response_length": float(np.mean(host.lengths)),
+        "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
+        "tokens_per_second": float(np.sum(host.lengths)) / clock.total(),
     }
     return state, row | _common(setup, state, step) | clock.row()
 
@@ -96,7 +98,7 @@ def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     clock = _Clock()
     host = next(setup.batches)
     batch = setup.layout.put_rows(host)
-    state, metrics = clock("update", setup.update(state, batch))
+    state, metrics = clock("update", setup.graphs.update(state, batch))
     trained = float(np.sum(host["lengths"] - host["prompt_lengths"]))
     row = means(jax.device_get(metrics)) | {"tokens_per_second": trained / clock.total()}
     return state, row | _common(setup, state, step) | clock.row()
@@ -134,7 +136,7 @@ class _Clock:
 
 
 def _common(setup: Setup, state: TrainState, step: int) -> Row:
-    return {"learning_rate": float(np.asarray(setup.schedule(step - 1))), "skipped": int(state.skipped)}
+    return {"learning_rate": float(np.asarray(setup.graphs.schedule(step - 1))), "skipped": int(state.skipped)}
 
 
 def _evaluate_start(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import optax
-from jax import Array
 
 from opd_jax.config import Config
 from opd_jax.data.pipeline import Overlong, encode_examples, encode_prompts, prompt_batches, sft_batches
@@ -21,19 +18,15 @@ from opd_jax.data.tokenizers import (
     stop_ids,
     valid_vocab_size,
 )
-from opd_jax.mesh import ROLLOUT, Layout, make_mesh
+from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.models.hf import load_config as load_decoder_config
 from opd_jax.models.hf import load_model
-from opd_jax.objectives.opd import opd_loss
-from opd_jax.objectives.sft import sft_loss
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.scheduler import make_rollout
-from opd_jax.teacher import make_score
-from opd_jax.training.optimizer import make_optimizer
-from opd_jax.training.state import TrainState, create_state, state_shardings
-from opd_jax.training.step import make_update
-from opd_jax.types import Params, Rollouts, Scores
+from opd_jax.training.graphs import Graphs, make_graphs
+from opd_jax.training.state import TrainState, create_state
+from opd_jax.types import Params, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +52,9 @@ class Setup:
     batches: Any
     student: DecoderConfig
     teacher: Network | None
-    schedule: optax.Schedule
     state: TrainState
-    shardings: TrainState
+    graphs: Graphs
     rollout: Callable[..., Rollouts]
-    score: Callable[[Params, Rollouts], Scores] | None
-    update: Callable[..., Any]
-    update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
-    make_rollout: Callable[..., Callable[..., Rollouts]]  # (network, max_response=) → a sampling loop
 
 
 def prepare(config: Config) -> Setup:
@@ -94,26 +82,7 @@ def prepare(config: Config) -> Setup:
     teacher = None
     if config.teacher:
         teacher = Network(config.teacher.path, *load_model(config.teacher.path, layout, dtype))
-    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
-    shardings = state_shardings(params, optimizer, student, layout)
-    common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
-    if config.kind == "opd":
-        loss = functools.partial(_opd_loss, objective=config.objective, **common)
-        quick_loss = functools.partial(loss, metrics=False)
-    else:
-        loss = quick_loss = functools.partial(sft_loss, **common)
-    update, quick_update = (
-        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch)
-        for f in (loss, quick_loss)
-    )
-    new_rollout = functools.partial(
-        make_rollout,
-        stop_ids=stops,
-        vocab_size=vocab_size,
-        support=config.objective.k,
-        dtype=dtype,
-        layout=Layout(mesh, ROLLOUT),
-    )
+    graphs = make_graphs(config, mesh, student, teacher and teacher.config, stops=stops, vocab_size=vocab_size)
     return Setup(
         config=config,
         layout=layout,
@@ -125,23 +94,16 @@ def prepare(config: Config) -> Setup:
         batches=batches,
         student=student,
         teacher=teacher,
-        schedule=schedule,
-        state=create_state(params, optimizer, student, layout),
-        shardings=shardings,
-        make_rollout=new_rollout,
-        rollout=new_rollout(student, max_response=config.rollout.max_response, slots=config.rollout.slots),
-        score=make_score(teacher.config, dtype=dtype, layout=layout) if teacher else None,
-        update=update,
-        update_unmeasured=quick_update,
+        state=create_state(params, graphs.optimizer, graphs.shardings),
+        graphs=graphs,
+        rollout=make_rollout(
+            graphs.engine(student), max_response=config.rollout.max_response, slots=config.rollout.slots
+        ),
     )
 
 
 def rollout_law(config: Config) -> Law:
     return Law(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
-
-
-def _opd_loss(params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array, **settings: Any) -> Any:
-    return opd_loss(params, rollouts, Scores(teacher_hidden, teacher_head), **settings)
 
 
 def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from opd_jax.mesh import Layout
-from opd_jax.models.decoder import DecoderConfig, parameter_shardings
+from opd_jax.models.decoder import DecoderConfig, abstract_params, parameter_shardings
 from opd_jax.types import Params
 
 
@@ -24,10 +24,9 @@ class TrainState:
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout | None = None
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
 ) -> TrainState:
-    """A fresh state around ``params``; optimizer moments are sharded as the weights are."""
-    shardings = state_shardings(params, optimizer, config, layout) if layout else None
+    """A fresh state around ``params``, sharded as ``state_shardings`` says; one device needs none."""
 
     def create(params: Params) -> TrainState:
         return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
@@ -35,16 +34,14 @@ def create_state(
     return jax.jit(create, out_shardings=shardings)(params)
 
 
-def state_shardings(
-    params: Params, optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout
-) -> TrainState:
-    """The sharding of every array of a TrainState."""
+def state_shardings(optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout) -> TrainState:
+    """The sharding of every array of a TrainState: optimizer moments lie as the weights do."""
     of_params = parameter_shardings(config, layout)
     scalar = layout.sharding()
     moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
+        jax.eval_shape(optimizer.init, abstract_params(config)),
         of_params,
         transform_non_params=lambda _: scalar,
     )

@@ -1,0 +1,93 @@
+"""The jitted functions of a run, from shapes alone: no weight is needed to build or to compile them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from opd_jax.config import Config
+from opd_jax.evaluation.heldout import make_measure
+from opd_jax.mesh import ROLLOUT, Layout
+from opd_jax.models.decoder import DecoderConfig
+from opd_jax.objectives.opd import opd_loss
+from opd_jax.objectives.sft import sft_loss
+from opd_jax.sampling.decode import Engine, make_engine
+from opd_jax.teacher import make_score
+from opd_jax.training.optimizer import make_optimizer
+from opd_jax.training.state import TrainState, state_shardings
+from opd_jax.training.step import make_update
+from opd_jax.types import Params, Rollouts, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """What a training step and an evaluation run on the mesh; ``opd plan`` compiles the same ones."""
+
+    layout: Layout
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    shardings: TrainState
+    engine: Callable[[DecoderConfig], Engine]  # of the student, or of the teacher's own rollouts
+    score: Callable[[Params, Rollouts], Scores] | None
+    update: Callable[..., Any]
+    update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
+    measure: Callable[..., Any]
+
+
+def make_graphs(
+    config: Config,
+    mesh: Mesh,
+    student: DecoderConfig,
+    teacher: DecoderConfig | None,
+    *,
+    stops: tuple[int, ...],
+    vocab_size: int,
+) -> Graphs:
+    """Builds them; nothing is compiled before the first call.
+
+    Raises:
+        InputError: a weight that does not divide over the mesh.
+    """
+    layout, dtype = Layout(mesh), jnp.dtype(config.dtype)
+    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+    shardings = state_shardings(optimizer, student, layout)
+    common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
+    if config.kind == "opd":
+        loss = functools.partial(_opd_loss, objective=config.objective, **common)
+        quick_loss = functools.partial(loss, metrics=False)
+    else:
+        loss = quick_loss = functools.partial(sft_loss, **common)
+    update, quick_update = (
+        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch)
+        for f in (loss, quick_loss)
+    )
+    new_engine = functools.partial(
+        make_engine,
+        stop_ids=stops,
+        vocab_size=vocab_size,
+        support=config.objective.k,
+        dtype=dtype,
+        layout=Layout(mesh, ROLLOUT),
+    )
+    return Graphs(
+        layout=layout,
+        optimizer=optimizer,
+        schedule=schedule,
+        shardings=shardings,
+        engine=functools.cache(new_engine),
+        score=make_score(teacher, dtype=dtype, layout=layout) if teacher else None,
+        update=update,
+        update_unmeasured=quick_update,
+        measure=make_measure(student, k=config.objective.k, vocab_size=vocab_size, dtype=dtype, layout=layout),
+    )
+
+
+def _opd_loss(params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array, **settings: Any) -> Any:
+    return opd_loss(params, rollouts, Scores(teacher_hidden, teacher_head), **settings)
