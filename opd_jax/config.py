@@ -148,7 +148,7 @@ class Config(Strict):
     checkpoint: Checkpoint = Checkpoint()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
     micro_batch: PositiveInt | None = None  # sequences per gradient pass; None: all at once
-    remat: bool = True  # recompute layer activations in the backward pass
+    remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass recomputes, see models.forward
     metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
 

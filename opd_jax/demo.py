@@ -77,7 +77,7 @@ def distillation_config(out: Path, seed: int) -> Config:
             "evaluation": {"data": _data(f"task:{TASK}", "test"), "problems": 512, "batch": 512, "every": 50},
             "checkpoint": {"every": 25},
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
         }
     )
 
@@ -111,7 +111,7 @@ def _learn(out: Path, name: str, source: str, seed: int, stop: threading.Event |
             "optimizer": {"lr": 3e-3, "b2": 0.95, "schedule": "cosine", "warmup": 20},
             "checkpoint": {"every": 50},
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
         }
     )
     train(config, resume=_started(config), title=name, stop=stop)

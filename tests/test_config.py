@@ -87,7 +87,7 @@ def test_later_overrides_win(file: Path) -> None:
         ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
         ("optimizer.b2=1.0", "optimizer.b2: Input should be less than 1"),
         ("rollout.top_p=0", "rollout.top_p: Input should be greater than 0"),
-        ("remat='yes'", "remat: Input should be a valid boolean"),
+        ("remat='yes'", "remat: Input should be 'none', 'dots', 'full' or 'offload'"),
         ("seed=true", "seed: Input should be a valid integer"),
         ("dtype=fp16", "dtype: Input should be 'float32' or 'bfloat16' (found 'fp16')"),
         ("objective.name=topp", "objective.name: Input should be 'sampled', 'full', 'topk' or 'topk_reference'"),

@@ -54,7 +54,7 @@ def run_config(models: Path, run_dir: Path, kind: str = "opd", **settings: Any) 
         "rollout": {"prompts": 4, "samples": 2, "max_response": 10},
         "optimizer": {"lr": 3e-3, "warmup": 2, "schedule": "cosine"},
         "dtype": "float32",
-        "remat": False,
+        "remat": "none",
     }
     if kind == "opd":
         tree["teacher"] = {"path": str(models / "teacher")}

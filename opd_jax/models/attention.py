@@ -1,4 +1,8 @@
-"""Attention and the matrix product: the two operations that the decoder spends its time in."""
+"""Attention and the matrix product: the two operations that the decoder spends its time in.
+
+Whole sequences go through ``self_attention``, whose memory grows with T, not T²: the splash kernel on TPU, chunks of
+queries elsewhere. One decoded token goes through ``attention`` over the cache.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from opd_jax.mesh import Layout
+
+QUERIES = 512  # of one chunk
+_LANES, _BLOCK = 128, 512  # splash: sequence lengths are multiples of the one, tiles as large as the other
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -89,3 +98,76 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkms,bksh->bkmh", weights, v, preferred_element_type=dtype).astype(q.dtype)
     return out.reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+def self_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    window: int | Array,
+    layout: Layout | None = None,
+) -> Float[Array, "B T N H"]:
+    """``attention`` of whole rows under ``causal_mask``; the tokens of a segment stand side by side, in order.
+
+    The splash kernel needs a ``window`` known when the program is traced. Padding gets finite, meaningless rows.
+    """
+    platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+    if platform == "tpu" and isinstance(window, int):
+        return _splash(q, k, v, segments, window, layout)
+    if q.shape[1] <= 2 * QUERIES:
+        return attention(q, k, v, causal_mask(positions, positions, segments, segments, window))
+
+    @jax.checkpoint  # or the backward pass would keep the scores of every chunk
+    def chunk(inputs: tuple[Array, Array, Array]) -> Array:
+        q, at, of = inputs
+        return attention(q, k, v, causal_mask(at, positions, of, segments, window))
+
+    T = q.shape[1]
+    rows = (_pad(x, -T % QUERIES) for x in (q, positions, segments))
+    chunks = tuple(x.reshape(x.shape[0], -1, QUERIES, *x.shape[2:]).swapaxes(0, 1) for x in rows)
+    out = jax.lax.map(chunk, chunks)  # [n, B, QUERIES, N, H]
+    return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
+
+
+def _splash(
+    q: Array, k: Array, v: Array, segments: Array, window: int, layout: Layout | None, interpret: bool = False
+) -> Array:
+    """JAX's splash-attention kernel, each device on its own rows and heads."""
+    T = q.shape[1]
+    heads = "batch", "heads", None, None
+    inputs = (q.swapaxes(1, 2) * q.shape[-1] ** -0.5, k, v)
+    padded = [_pad(x, -T % _LANES, axis=2) for x in inputs]
+    ids = _pad(segments, -T % _LANES)
+    local = functools.partial(_splash_rows, window=window, interpret=interpret)
+    if layout:
+        specs = [layout.spec(axes) for axes in (heads, ("batch", "kv_heads", None, None), ("batch", None))]
+        specs = (specs[0], specs[1], specs[1], specs[2])
+        local = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return local(*padded, ids)[:, :, :T].swapaxes(1, 2)
+
+
+def _splash_rows(q: Array, k: Array, v: Array, segments: Array, *, window: int, interpret: bool) -> Array:
+    # Pallas takes a third of a second to import, and only a TPU needs it
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    T = q.shape[2]
+    if window < T:
+        mask = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0)
+    else:
+        mask = splash_attention_mask.CausalMask((T, T))
+    tile = next(n for n in (_BLOCK, 256, _LANES) if T % n == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        **dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), tile)
+    )
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
+    )  # fmt: skip
+    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s)))(q, k, v, segments)
+
+
+def _pad(x: Array, n: int, axis: int = 1) -> Array:
+    """``n`` zeros at the end of an axis; segment 0 is padding."""
+    return jnp.pad(x, [(0, n if i == axis else 0) for i in range(x.ndim)]) if n else x

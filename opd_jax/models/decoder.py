@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from opd_jax.mesh import Axes, Layout, constrain
-from opd_jax.models.attention import attention, causal_mask, linear, product, wide
+from opd_jax.models.attention import attention, causal_mask, linear, product, self_attention, wide
 from opd_jax.models.cache import Cache
 from opd_jax.models.rope import RopeScaling, rotate, rotations
 from opd_jax.types import Params
 
-NO_WINDOW = 2**30
+NO_WINDOW = 2**30  # wider than any sequence
+_INPUT = "layer_input"
 ACTIVATION: Axes = ("batch", None, None)
 
 
@@ -218,7 +220,7 @@ def forward(
     segments: Int[Array, "B T"],
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     layout: Layout | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states (after the last norm) of padded or packed rows.
@@ -227,22 +229,38 @@ def forward(
         positions: rotary position of each token, counted within its segment.
         segments: 0 marks padding; a token attends to earlier tokens of its own segment only.
         dtype: compute precision; weights of any dtype are cast where they are used.
-        remat: keep only each layer's input for the backward pass.
+        remat: what a layer keeps for the backward pass: ``none`` recomputed, everything is kept; ``dots``: the results
+            of its matrix products; ``full``: its input alone; ``offload``: that, in the host's memory.
     """
 
     def block(x: Array, inputs: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
         weights, window = inputs
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return attention(q, k, v, causal_mask(positions, positions, segments, segments, window)), None
+            return self_attention(q, k, v, positions, segments, window if same is None else same, layout), None
 
         return _layer(c, weights)(x, cos, sin, attend, layout)
 
     cos, sin = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
     x = constrain(params["embed"][tokens].astype(dtype), ACTIVATION, layout)
     windows = jnp.asarray(c.layer_windows, jnp.int32)
-    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (params["layers"], windows))
+    same = c.layer_windows[0] if len(set(c.layer_windows)) == 1 else None
+    x, _ = jax.lax.scan(_saving(block, remat), x, (params["layers"], windows))
     return rms_norm(x, params["norm"], c.norm_eps)
+
+
+def _saving(block: Callable, remat: str) -> Callable:
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src="device",
+            offload_dst="pinned_host",
+        )  # fmt: skip
+    else:
+        policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[remat]
+    return jax.checkpoint(lambda x, inputs: block(checkpoint_name(x, _INPUT), inputs), policy=policy)
 
 
 def decode_layout(params: Params, c: DecoderConfig, dtype: Any, layout: Layout | None = None) -> Params:
@@ -276,7 +294,7 @@ def prefill(
     for i, window in enumerate(c.layer_windows):
 
         def attend(q: Array, k: Array, v: Array, window: int = window) -> tuple[Array, tuple[Array, Array]]:
-            return attention(q, k, v, causal_mask(positions, positions, segments, segments, window)), (k, v)
+            return self_attention(q, k, v, positions, segments, window, layout), (k, v)
 
         x, (k, v) = _layer(c, weights["layers"][i])(x, cos, sin, attend, layout)
         cache = cache.write(i, 0, k, v)

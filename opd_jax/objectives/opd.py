@@ -24,7 +24,7 @@ def opd_loss(
     objective: Objective,
     vocab_size: int | None = None,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     metrics: bool = True,
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:

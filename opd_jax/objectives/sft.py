@@ -20,7 +20,7 @@ def sft_loss(
     config: DecoderConfig,
     vocab_size: int,
     dtype: Any,
-    remat: bool = False,
+    remat: str = "none",
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:
     """((Σ −log p(y_t), response-token count), metrics) of left-aligned rows.

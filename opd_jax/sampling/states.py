@@ -24,7 +24,7 @@ def response_states(
     rollouts: Rollouts,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     layout: Layout | None = None,
 ) -> Float[Array, "B R D"]:
     """Hidden states of one forward pass over prompt and response; the state at r predicts ``rollouts.tokens[:, r]``."""
