@@ -200,8 +200,8 @@ def import_(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="run directory")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write")],
+    run: Annotated[str, typer.Argument(help="run directory, here or gs://…")],
+    out: Annotated[str, typer.Argument(help="Hugging Face directory to write, here or gs://…")],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the weights as stored")] = "float32",
 ) -> None:
     """Writes the student of a run's last checkpoint as a Hugging Face directory."""
@@ -214,17 +214,18 @@ def export(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories; several are compared")],
-    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the first run")] = None,
+    runs: Annotated[list[str], typer.Argument(help="run directories, here or gs://…; several are compared")],
+    out: Annotated[str | None, typer.Option(help="HTML file; default: report.html in the first run")] = None,
 ) -> None:
     """Writes a self-contained HTML report of one or several runs."""
+    from opd_jax.stores import is_remote, store_path
     from opd_jax.tracking.console import console
     from opd_jax.tracking.report import write_report
     from opd_jax.tracking.run_dir import existing_run
 
-    _check_writable("--out", out)
-    found = [existing_run(run) for run in runs]
-    target = out or Path(found[0].report)
+    _check_writable("--out", None if out is None or is_remote(out) else Path(out))
+    found = [existing_run(store_path(run)) for run in runs]
+    target = store_path(out) if out else found[0].report
     write_report(found, target)
     console.print(str(target))
 

