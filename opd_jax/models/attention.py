@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ def linear(x: Float[Array, "*rows D"], w: Float[Array, "O D"]) -> Float[Array, "
     Its own derivative rule keeps the products of the backward pass in x's dtype (autodiff would form mixed-precision
     products, which XLA runs at half the speed on CPU) and gives float32 master weights a float32 gradient.
     """
+    return _linear(x, w)
+
+
+def _linear(x: Array, w: Array) -> Array:
     return product(x, w.astype(x.dtype)).astype(x.dtype)
 
 
@@ -54,7 +59,7 @@ def _dot(a: Array, b: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) 
 
 
 def _linear_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, w), (x, w)
+    return _linear(x, w), (x, w)  # not ``linear``: a remat policy must see the product
 
 
 def _linear_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -165,7 +170,10 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, *, window: int, 
         splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
         block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
     )  # fmt: skip
-    return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s)))(q, k, v, segments)
+    kernel: Any = kernel  # its type says that it may return residuals, which are not asked for
+    ids = splash_attention_kernel.SegmentIds
+    rows = jax.vmap(lambda q, k, v, s: kernel(q, k, v, ids(s, s)))
+    return rows(q, k, v, segments)
 
 
 def _pad(x: Array, n: int, axis: int = 1) -> Array:
