@@ -33,8 +33,9 @@ from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_model
 from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
+from opd_jax.sampling.packing import pack
 from opd_jax.sampling.scheduler import make_rollout
-from opd_jax.sampling.states import response_mask, response_states
+from opd_jax.sampling.states import hidden_states
 from opd_jax.tracking.run_dir import describe_environment
 from opd_jax.types import Params
 
@@ -98,12 +99,11 @@ def visit(student: str, teacher: str, source: str, sequences: int) -> States:
     params, config = load_model(student)
     engine = make_engine(config, stop_ids=stop_ids(student, tokenizer), vocab_size=vocab)
     rollouts = make_rollout(engine, max_response=LENGTH)(engine.cast(params), prompts, Law(), 0, 0)
-    chosen = np.asarray(response_mask(rollouts)) & (
-        (np.arange(LENGTH) + np.arange(len(encoded))[:, None]) % STRIDE == 0
-    )
+    rows = pack(rollouts, separate=True)
+    chosen = rows.mask & ((rows.depth + np.arange(len(encoded))[:, None]) % STRIDE == 0)
 
     def readout(params: Params, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-        hidden = np.asarray(jax.jit(lambda p: response_states(p, config, rollouts))(params))[chosen]
+        hidden = np.asarray(jax.jit(lambda p: hidden_states(p, config, rows))(params))[chosen]
         return hidden, hidden @ np.asarray(head(params))[:vocab].T
 
     hidden, z = readout(params, config)

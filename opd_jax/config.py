@@ -147,7 +147,8 @@ class Config(Strict):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
-    micro_batch: PositiveInt | None = None  # sequences per gradient pass; None: all at once
+    pack: bool = True  # several sequences a row, rather than one padded to the longest possible
+    micro_batch: PositiveInt | None = None  # rows per pass; None: an eighth of them if packed, else all at once
     remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass recomputes, see models.forward
     metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated

@@ -1,4 +1,4 @@
-"""Frozen teachers: their hidden states at the student's response positions, which meet the loss chunk by chunk."""
+"""Frozen teachers: their hidden states at every column of the student's rows, which meet the loss chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from opd_jax.mesh import Layout
-from opd_jax.models.decoder import DecoderConfig, head
-from opd_jax.sampling.states import response_states
-from opd_jax.types import Params, Rollouts, Scores
+from opd_jax.mesh import Layout, constrain
+from opd_jax.models.decoder import ACTIVATION, DecoderConfig, head
+from opd_jax.sampling.packing import over_passes, write_pass
+from opd_jax.sampling.states import hidden_states
+from opd_jax.types import Params, Scores, Sequences
 
 
 def make_score(
-    config: DecoderConfig, *, dtype: Any = jnp.float32, layout: Layout | None = None
-) -> Callable[[Params, Rollouts], Scores]:
-    """Builds ``score(teacher_params, rollouts) → Scores``, jitted; the loss sends no gradient to the teacher."""
+    config: DecoderConfig,
+    *,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
+    micro_batch: int | None = None,
+) -> Callable[[Params, Sequences], Scores]:
+    """Builds ``score(teacher_params, rows) → Scores``, jitted, in passes of ``micro_batch`` rows (None: all at once).
+
+    The loss sends no gradient to the teacher.
+    """
 
     @jax.jit
-    def hidden(params: Params, rollouts: Rollouts) -> Array:
-        return response_states(params, config, rollouts, dtype=dtype, layout=layout)
+    def hidden(params: Params, rows: Sequences) -> Array:
+        def score(whole: Array, i: Any, part: Sequences) -> Array:
+            return write_pass(whole, i, hidden_states(params, config, part, dtype=dtype, layout=layout), layout)
+
+        nothing = constrain(jnp.zeros((*rows.tokens.shape, config.width), dtype), ACTIVATION, layout)
+        return over_passes(score, nothing, rows, micro_batch=micro_batch, layout=layout)
 
     # the head joins outside: a jitted function that returns an argument returns a copy of it
-    return lambda params, rollouts: Scores(hidden=hidden(params, rollouts), head=head(params))
+    return lambda params, rows: Scores(hidden=hidden(params, rows), head=head(params))

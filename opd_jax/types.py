@@ -2,12 +2,13 @@
 
 Axis letters, used as suffixes of array names and in einsums:
 
-    B sequences   T query positions   S key positions   P prompt positions   R response positions
+    B sequences   M rows, each of one or several sequences   T query positions (columns of a row)   S key positions
+    P prompt positions   R response positions
     D model width (student)   E model width (teacher)   F hidden width   L layers
     N query heads   K key/value heads   H head size   V vocabulary   k support size   C chunk   G samples per prompt
 
-Data flows one way: ``Prompts → Rollouts → Scores → (loss, Metrics) → TrainState``. Padding is never inferred from a
-token id: every ragged array comes with its lengths.
+Data flows one way: ``Prompts → Rollouts → Sequences → Scores → (loss, Metrics) → TrainState``. Padding is never
+inferred from a token id: every ragged array comes with its lengths.
 """
 
 from __future__ import annotations
@@ -49,8 +50,31 @@ class Rollouts:
 
 
 @flax.struct.dataclass
-class Scores:
-    """What a frozen teacher says about rollouts: its hidden state at every response position (not its logits)."""
+class Sequences:
+    """Rows for a forward pass, of one or several sequences each (``sampling/packing.py``): prompt, then response.
 
-    hidden: Array  # [B, R, E]; the state at r predicts tokens[:, r]
+    The state at [m, t] predicts ``targets[m, t]``. The last token of a response predicts nothing that is trained and
+    stands in ``targets`` alone.
+    """
+
+    tokens: Array  # [M, T] int32
+    positions: Array  # [M, T] int32, counted within the sequence
+    segments: Array  # [M, T] int32, 1 + index of the sequence in its batch; 0: padding
+    targets: Array  # [M, T] int32
+    depth: Array  # [M, T] int32, position in the response of the target; -1: the target is no response token
+    logp: Array | None  # [M, T] float32, behaviour log-probability of the target (nats); None: a corpus
+    topk_ids: Array | None  # [M, T, k] int32, the behaviour policy's most probable ids; None: a corpus
+    max_response: int = flax.struct.field(pytree_node=False)  # tokens; depths are below
+
+    @property
+    def mask(self) -> Array:
+        """[M, T] bool: where a response token is predicted."""
+        return self.depth >= 0
+
+
+@flax.struct.dataclass
+class Scores:
+    """What a frozen teacher says about rollouts: its hidden state at every column of every row (not its logits)."""
+
+    hidden: Array  # [M, T, E]; the state at [m, t] predicts targets[m, t]
     head: Array  # [V, E]

@@ -28,6 +28,7 @@ from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
+from opd_jax.sampling.packing import pack
 from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.teacher import make_score
 from opd_jax.types import Params
@@ -92,13 +93,14 @@ def test_ratio_with_error_at_the_ends() -> None:
 
 
 def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, rollout: Any) -> dict[str, Any]:
-    score = make_score(network, dtype=jnp.float32, layout=ONE)
-    measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE)
+    score = make_score(network, dtype=jnp.float32, layout=ONE, micro_batch=1)
+    measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE, micro_batch=1)
     batches, measured = [], []
     for out in sample_panel(rollout, student, panel, Law(), 0):
-        scores = score(teacher, out)
+        rows = pack(out)
+        scores = score(teacher, rows)
         batches.append(out)
-        measured.append(measure(student, out, scores.hidden, scores.head))
+        measured.append(measure(student, rows, scores.hidden, scores.head))
     per_row = collect(measured, panel)
     assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
     rows = collect(batches, panel)

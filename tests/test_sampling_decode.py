@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sampling_law import brute_force
+from tiny_runs import by_response, response_mask
 
 from opd_jax.errors import InputError
 from opd_jax.mesh import ROLLOUT, Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig, forward, head, init_params, parameter_shardings, unembed
 from opd_jax.sampling.decode import SEGMENT, bucket, make_engine
 from opd_jax.sampling.law import Law
+from opd_jax.sampling.packing import pack
 from opd_jax.sampling.scheduler import Occupancy, Request, generate, make_rollout
-from opd_jax.sampling.states import response_mask, response_states
-from opd_jax.types import Params, Prompts, Rollouts
+from opd_jax.sampling.states import hidden_states
+from opd_jax.types import Params, Prompts, Rollouts, Sequences
 
 VOCAB, PADDED = 60, 64  # the head has four ids that no tokenizer knows
 PROMPT, RESPONSE, ROWS = 9, 14, 8
@@ -66,9 +68,13 @@ def sample(law: Law = PLAIN, window: int | None = None, step: int = 7) -> Rollou
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def teacher_forced(params: Params, config: DecoderConfig, rollouts: Rollouts) -> Any:
-    logits = unembed(response_states(params, config, rollouts), head(params))
-    return jnp.where(jnp.arange(PADDED) < VOCAB, logits, -jnp.inf)
+def forced(params: Params, config: DecoderConfig, rows: Sequences) -> Any:
+    return unembed(hidden_states(params, config, rows), head(params))
+
+
+def teacher_forced(params: Params, config: DecoderConfig, rollouts: Rollouts) -> np.ndarray:
+    rows = pack(rollouts)
+    return np.where(np.arange(PADDED) < VOCAB, by_response(rows, forced(params, config, rows)), -np.inf)
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:
@@ -82,7 +88,7 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 def test_what_is_returned_equals_a_teacher_forced_rescoring(window: int | None, law: Law) -> None:
     out = sample(law, window)
     logits = np.asarray(teacher_forced(*model(window), out))
-    mask = np.asarray(response_mask(out))
+    mask = response_mask(out)
     logp = log_softmax(logits)
     at = np.array([brute_force(row, float(law[0]), float(law[1]), int(law[2])) for row in logits[mask]])
     np.testing.assert_allclose(out.logp[mask], np.log(at[np.arange(len(at)), out.tokens[mask]]), rtol=0, atol=1e-4)
@@ -124,16 +130,17 @@ def test_rows_end_with_a_stop_id_and_are_empty_after_it() -> None:
             assert n == RESPONSE or stopped
             endings |= {int(row[n - 1])} if stopped else {"limit"}
         for name in ("tokens", "logp", "entropy", "topk_ids", "topk_logp"):
-            assert not np.asarray(getattr(out, name))[~np.asarray(response_mask(out))].any()
-        assert (out.logp[np.asarray(response_mask(out))] < 0).all()
+            assert not np.asarray(getattr(out, name))[~response_mask(out)].any()
+        assert (out.logp[response_mask(out)] < 0).all()
     assert endings == {*STOPS, "limit"}
 
 
 def test_ids_past_the_tokenizer_never_appear() -> None:
     params, config = model()
     out = sample()
-    logits = unembed(response_states(params, config, out), head(params))
-    assert (np.argmax(logits, axis=-1)[np.asarray(response_mask(out))] >= VOCAB).mean() > 0.9
+    rows = pack(out)
+    logits = by_response(rows, forced(params, config, rows))
+    assert (np.argmax(logits, axis=-1)[response_mask(out)] >= VOCAB).mean() > 0.9
     assert out.tokens.max() < VOCAB
     assert out.topk_ids.max() < VOCAB
 
@@ -146,7 +153,7 @@ def test_the_id_that_fills_the_padding_can_be_sampled() -> None:
     inside = (out.tokens == 0) & (np.arange(RESPONSE) < out.lengths[:, None] - 1)
     assert inside.sum() > 5
     logp = log_softmax(np.asarray(teacher_forced(likely, config, out)))
-    mask = np.asarray(response_mask(out))
+    mask = response_mask(out)
     scored = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(out.logp[mask], scored[mask], rtol=0, atol=1e-4)
 
@@ -279,23 +286,31 @@ def test_shapes_compile_once_and_another_law_seed_or_step_nothing() -> None:
         assert compiled(law, seed, step) == first
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.exhaustive)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), (1, 1, 2), pytest.param((1, 8, 1), marks=pytest.mark.exhaustive)], ids=str
+)
 def test_the_same_tokens_on_a_mesh(sizes: tuple[int, int, int]) -> None:
-    """Weights arrive sharded as in training; the decode loop moves nothing as large as a weight between devices."""
+    """Weights arrive sharded as in training; the decode loop moves nothing as large as a weight between devices, and
+    gathers no logits. The rows of (1, 1, 2) do not divide over its devices."""
     params, config = model(4)
-    mesh = make_mesh(*sizes)
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     train, layout = Layout(mesh), Layout(mesh, ROLLOUT)
     params = jax.device_put(params, parameter_shardings(config, train))
     rollout, want = rollout_of(4, layout=layout), sample(window=4)
-    out = jax.device_get(rollout(params, prompt_rows(), PLAIN, 0, 7))
+    rows = len(prompt_rows().lengths) - (sizes == (1, 1, 2))
+    want = jax.tree.map(lambda x: x[:rows], want)
+    out = rollout(params, jax.tree.map(lambda x: x[:rows], prompt_rows()), PLAIN, 0, 7)
     np.testing.assert_array_equal(out.tokens, want.tokens)
     np.testing.assert_array_equal(out.topk_ids, want.topk_ids)
     np.testing.assert_allclose(out.logp, want.logp, rtol=0, atol=1e-4)
     engine = make_engine(config, stop_ids=STOPS, vocab_size=VOCAB, support=TOP, dtype=jnp.float32, layout=layout)
     weights = engine.cast(params)
-    program = engine.segment.lower(weights, engine.empty(8, 32), PLAIN, 14, 14, 9).compile().as_text()
+    slots = max(4, mesh.shape["data"] * mesh.shape["fsdp"])
+    program = engine.segment.lower(weights, engine.empty(slots, 32), PLAIN, 14, 14, 9).compile().as_text()
     smallest_weight = config.width * config.kv_heads * config.head_dim // mesh.shape["tensor"]
-    assert max(collective_sizes_in_loops(program), default=0) < smallest_weight
+    sizes_moved = collective_sizes_in_loops(program)
+    assert max(sizes_moved, default=0) < smallest_weight
+    assert not re.search(rf"\[\d+,{PADDED}\]\S* all-gather", program)
 
 
 def test_bad_requests_are_named() -> None:

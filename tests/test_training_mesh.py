@@ -19,7 +19,9 @@ from opd_jax.errors import InputError
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import parameter_shardings
 from opd_jax.objectives.opd import opd_loss
+from opd_jax.sampling.packing import batch_shards
 from opd_jax.training import setup as training_setup
+from opd_jax.training.graphs import rows_per_pass
 from opd_jax.training.setup import Setup, prepare, rollout_law
 from opd_jax.training.step import global_gradient
 from opd_jax.types import Scores
@@ -60,17 +62,22 @@ def rollouts(models: Path) -> list[Any]:
 
 def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float], list[float], Any]:
     """(gradients, losses, gradient norms, final parameters) of the first steps, through the jitted parts of a run."""
-    config = setup.config
     gradient = jax.jit(
-        lambda params, rollouts, hidden, frozen: global_gradient(
-            functools.partial(_loss, setup), params, rollouts, hidden, frozen=frozen, micro_batch=config.micro_batch
-        )
+        lambda params, rows, hidden, frozen: global_gradient(
+            functools.partial(_loss, setup),
+            params,
+            rows,
+            hidden,
+            frozen=frozen,
+            layout=setup.layout,
+            micro_batch=rows_per_pass(setup.config, batch_shards(setup.layout)),
+        )  # fmt: skip
     )
     assert setup.graphs.score
     assert setup.teacher
     grads, losses, norms, state = [], [], [], setup.state
     for batch in rollouts:
-        batch = setup.layout.put_rows(batch)
+        batch = setup.layout.put_rows(setup.graphs.pack(batch))
         scores = setup.graphs.score(setup.teacher.params, batch)
         grad, loss, _ = gradient(state.params, batch, scores.hidden, scores.head)
         state, metrics = setup.graphs.update(state, batch, scores.hidden, frozen=scores.head)
@@ -83,9 +90,9 @@ def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float],
     return grads, losses, norms, state.params
 
 
-def _loss(setup: Setup, params: Any, rollouts: Any, hidden: Any, teacher_head: Any) -> Any:
+def _loss(setup: Setup, params: Any, rows: Any, hidden: Any, teacher_head: Any) -> Any:
     return opd_loss(
-        params, rollouts, Scores(hidden, teacher_head), config=setup.student, objective=setup.config.objective,
+        params, rows, Scores(hidden, teacher_head), config=setup.student, objective=setup.config.objective,
         vocab_size=setup.vocab_size, dtype=jnp.float32, layout=setup.layout,
     )  # fmt: skip
 
@@ -136,7 +143,7 @@ def test_a_checkpoint_moves_to_another_mesh(models: Path, rollouts: list[Any], t
     saved = setup_on(models, (4, 2, 1))
     assert saved.graphs.score
     assert saved.teacher
-    batch = saved.layout.put_rows(rollouts[0])
+    batch = saved.layout.put_rows(saved.graphs.pack(rollouts[0]))
     scores = saved.graphs.score(saved.teacher.params, batch)
     state, _ = saved.graphs.update(saved.state, batch, scores.hidden, frozen=scores.head)
     checkpoints = Checkpoints(tmp_path, keep=1)

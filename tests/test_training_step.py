@@ -16,12 +16,14 @@ import tiny_runs
 from tiny_runs import STUDENT, TEACHER, VOCAB, distance
 
 from opd_jax.config import Objective, Optimizer
+from opd_jax.data.pipeline import Example
 from opd_jax.losses.cross_entropy import cross_entropy
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import forward
 from opd_jax.models.hf import load_model, save_model
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
+from opd_jax.sampling.packing import pack, pack_texts
 from opd_jax.teacher import make_score
 from opd_jax.tracking.run_dir import existing_run, read_rows
 from opd_jax.training.loop import train
@@ -35,17 +37,17 @@ gradient = jax.jit(global_gradient, static_argnums=0, static_argnames="micro_bat
 SFT = functools.partial(sft_loss, config=STUDENT, vocab_size=VOCAB, dtype=jnp.float32)
 
 
-def opd(params: Params, rollouts: Any, hidden: Any, teacher_head: Any) -> Any:
+def opd(params: Params, rows: Any, hidden: Any, teacher_head: Any) -> Any:
     settings = {"config": STUDENT, "objective": Objective(k=4), "vocab_size": VOCAB, "dtype": jnp.float32}
-    return opd_loss(params, rollouts, Scores(hidden, teacher_head), **settings)
+    return opd_loss(params, rows, Scores(hidden, teacher_head), **settings)
 
 
 @functools.cache
 def opd_batch() -> tuple[Any, Any]:
-    """((rollouts, teacher's hidden states), teacher's head)."""
-    rollouts = tiny_runs.make_rollouts()
-    scores = make_score(TEACHER, dtype=jnp.float32, layout=None)(tiny_runs.params_of(TEACHER, 1), rollouts)
-    return (rollouts, scores.hidden), scores.head
+    """((rows, teacher's hidden states), teacher's head)."""
+    rows = pack(tiny_runs.make_rollouts(), separate=True)
+    scores = make_score(TEACHER, dtype=jnp.float32, layout=None)(tiny_runs.params_of(TEACHER, 1), rows)
+    return (rows, scores.hidden), scores.head
 
 
 @pytest.mark.parametrize("T", [5, 64, 150])
@@ -76,8 +78,8 @@ def test_cross_entropy_equals_the_closed_form(T: int) -> None:
 
 def test_sft_loss_and_gradient_equal_the_naive_ones() -> None:
     """All logits at once, trained tokens picked by index, no mask against padding (it comes after), plain autodiff."""
-    params, batch = tiny_runs.params_of(STUDENT, 0), tiny_runs.make_examples()
-    tokens, ends, starts = (np.asarray(batch[k]) for k in ("tokens", "lengths", "prompt_lengths"))
+    params = tiny_runs.params_of(STUDENT, 0)
+    tokens, ends, starts = padded(examples := tiny_runs.make_examples())
     trained = [(row, t) for row in range(len(tokens)) for t in range(starts[row], ends[row])]
     row, column = np.array(trained).T
 
@@ -90,9 +92,18 @@ def test_sft_loss_and_gradient_equal_the_naive_ones() -> None:
         return -logp[row, column - 1, tokens[row, column]].mean()
 
     want, want_grads = naive(params)
-    grads, loss, _ = gradient(SFT, params, batch)
+    grads, loss, _ = gradient(SFT, params, pack_texts(examples, 6, 6))
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     assert distance(grads, want_grads) < 1e-5
+
+
+def padded(examples: list[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Left-aligned rows, random ids also where nothing must be read; their ends and where their responses start."""
+    starts, ends = np.array([(len(e.prompt), len(e.prompt) + len(e.response)) for e in examples]).T
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (len(examples), max(ends)))
+    for row, example in zip(tokens, examples, strict=True):
+        row[: len(example.prompt) + len(example.response)] = example.prompt + example.response
+    return tokens, ends, starts
 
 
 @pytest.mark.torch
@@ -104,7 +115,8 @@ def test_sft_step_equals_torch(tmp_path: Path) -> None:
 
     path = small_models.write("qwen2_tied", tmp_path / "model")
     params, network = load_model(path)
-    batch = tiny_runs.make_examples()
+    examples = tiny_runs.make_examples()
+    batch = pack_texts(examples, 6, 6)
     settings = Optimizer(lr=1e-2, weight_decay=0.1, clip=0.5)
     optimizer, _ = make_optimizer(settings, 10)
     loss_fn = functools.partial(sft_loss, config=network, vocab_size=network.vocab_size, dtype=jnp.float32)
@@ -114,9 +126,7 @@ def test_sft_step_equals_torch(tmp_path: Path) -> None:
     state, metrics = make_update(loss_fn, optimizer, shardings=shardings, layout=ONE)(state, batch)
 
     oracle = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").train()
-    tokens, lengths, starts = (
-        torch.tensor(np.asarray(batch[k])).long() for k in ("tokens", "lengths", "prompt_lengths")
-    )
+    tokens, lengths, starts = (torch.tensor(x).long() for x in padded(examples))
     columns = torch.arange(tokens.shape[1])[None]
     labels = tokens.masked_fill((columns < starts[:, None]) | (columns >= lengths[:, None]), -100)
     out = oracle(tokens, attention_mask=(columns < lengths[:, None]).long(), labels=labels)
@@ -210,7 +220,9 @@ def test_schedules(settings: dict[str, Any], want: list[float]) -> None:
 def test_the_result_does_not_depend_on_micro_batches(kind: str) -> None:
     """Ragged rows: a mean of the micro-batches' means would differ by some per cent."""
     params = tiny_runs.params_of(STUDENT, 0)
-    batch, frozen = opd_batch() if kind == "opd" else ((tiny_runs.make_examples(),), None)
+    batch, frozen = (
+        opd_batch() if kind == "opd" else ((pack_texts(tiny_runs.make_examples(), 6, 6, separate=True),), None)
+    )
     loss_fn = opd if kind == "opd" else SFT
 
     grads, loss, metrics = gradient(loss_fn, params, *batch, frozen=frozen, micro_batch=8)
@@ -231,21 +243,21 @@ def test_a_batch_that_is_not_finite_changes_nothing() -> None:
     """NaN at one trained position: weights and optimizer stay bit by bit, the step counts, the next one is as usual."""
     optimizer, _ = make_optimizer(Optimizer(lr=1e-3), 10)
     params, (batch, teacher_head) = tiny_runs.params_of(STUDENT, 0), opd_batch()
-    rollouts, hidden = batch
+    rows, hidden = batch
     shardings = state_shardings(optimizer, STUDENT, ONE)
     new_state = functools.partial(create_state, params, optimizer, shardings)
     update = make_update(opd, optimizer, shardings=shardings, layout=ONE)
-    want, want_metrics = jax.device_get(update(new_state(), rollouts, hidden, frozen=teacher_head))
+    want, want_metrics = jax.device_get(update(new_state(), rows, hidden, frozen=teacher_head))
 
     before = jax.device_get(new_state())
     given = new_state()
-    state, metrics = update(given, rollouts, hidden.at[1, 2].set(jnp.nan), frozen=teacher_head)
+    state, metrics = update(given, rows, hidden.at[1, int(rows.depth[1].argmax())].set(jnp.nan), frozen=teacher_head)
     assert not np.isfinite(metrics["loss"][0])
     assert (int(state.step), int(state.skipped)) == (1, 1)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
     assert all(x.is_deleted() for x in jax.tree.leaves(given.params))  # donated: no second copy of the weights
 
-    state, metrics = update(state, rollouts, hidden, frozen=teacher_head)
+    state, metrics = update(state, rows, hidden, frozen=teacher_head)
     assert (int(state.step), int(state.skipped)) == (2, 1)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (want.params, want.opt_state))
     np.testing.assert_array_equal(metrics["loss"][0], want_metrics["loss"][0])
@@ -253,10 +265,10 @@ def test_a_batch_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_nan_where_nothing_is_trained_does_not_matter() -> None:
-    params, ((rollouts, hidden), teacher_head) = tiny_runs.params_of(STUDENT, 0), opd_batch()
-    assert rollouts.lengths[0] == 1
-    want = gradient(opd, params, rollouts, hidden, frozen=teacher_head)
-    got = gradient(opd, params, rollouts, hidden.at[0, 1:].set(jnp.nan), frozen=teacher_head)
+    params, ((rows, hidden), teacher_head) = tiny_runs.params_of(STUDENT, 0), opd_batch()
+    want = gradient(opd, params, rows, hidden, frozen=teacher_head)
+    poisoned = jnp.where(rows.mask[..., None], hidden, jnp.nan)
+    got = gradient(opd, params, rows, poisoned, frozen=teacher_head)
     jax.tree.map(np.testing.assert_array_equal, got[:2], want[:2])
 
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.config import Config, parse_config
+from opd_jax.data.pipeline import Example
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
-from opd_jax.types import Params, Prompts, Rollouts
+from opd_jax.types import Params, Prompts, Rollouts, Sequences
 
 TASK = "products-5x2"
 VOCAB = 21  # of the task's tokenizer; both heads are wider
@@ -90,13 +91,23 @@ def make_rollouts(rows: int = 8, prompt: int = 6, response: int = 9, k: int = 4)
     )
 
 
-def make_examples(rows: int = 8, width: int = 12) -> dict[str, jax.Array]:
-    """Ragged supervised rows, left-aligned; random ids also where nothing must be read."""
+def make_examples(rows: int = 8, longest: int = 6) -> list[Example]:
+    """Ragged supervised pairs."""
     rng = np.random.default_rng(1)
-    prompt_lengths = rng.integers(1, width // 2, rows)
-    lengths = prompt_lengths + rng.integers(1, width // 2, rows)
-    arrays = {"tokens": rng.integers(0, VOCAB, (rows, width)), "lengths": lengths, "prompt_lengths": prompt_lengths}
-    return {name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()}
+    return [Example(*(rng.integers(0, VOCAB, rng.integers(1, longest)).tolist() for _ in "pr")) for _ in range(rows)]
+
+
+def by_response(rows: Sequences, values: Any) -> np.ndarray:
+    """[M, T, …] values of rows at the response tokens of each sequence, [B, R, …]; 0 past its end."""
+    mask, values = np.asarray(rows.mask), np.asarray(values)
+    out = np.zeros((len(mask), rows.max_response, *values.shape[2:]), values.dtype)
+    out[np.asarray(rows.segments)[mask] - 1, np.asarray(rows.depth)[mask]] = values[mask]
+    return out
+
+
+def response_mask(rollouts: Rollouts) -> np.ndarray:
+    """[B, R] bool: the tokens of each response."""
+    return np.arange(rollouts.tokens.shape[1]) < np.asarray(rollouts.lengths)[:, None]
 
 
 def distance(a: Any, b: Any) -> float:

@@ -21,10 +21,11 @@ from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_model
 from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
+from opd_jax.sampling.packing import pack
 from opd_jax.sampling.scheduler import make_rollout
-from opd_jax.sampling.states import response_mask, response_states
+from opd_jax.sampling.states import hidden_states
 from opd_jax.tracking.console import console
-from opd_jax.types import Params, Rollouts
+from opd_jax.types import Params, Sequences
 
 PROMPTS, RESPONSE = 8, 48  # enough to rank layers: their divergences differ by factors
 
@@ -71,12 +72,14 @@ def least_important_layers(model: str | Path, data: Data, count: int) -> list[in
     dtype = jnp.bfloat16
     engine = make_engine(config, stop_ids=stop_ids(model, tokenizer), vocab_size=vocab_size, dtype=dtype)
     rollouts = make_rollout(engine, max_response=RESPONSE)(engine.cast(params), prompts, Law(), 0, 0)
-    whole = jax.jit(lambda p: response_states(p, config, rollouts, dtype=dtype))(params)
+    rows = pack(rollouts)
+    rows = jax.tree.map(lambda x: x[rows.segments.any(axis=1)], rows)
+    whole = jax.jit(lambda p: hidden_states(p, config, rows, dtype=dtype))(params)
 
     kept = list(range(config.layers))
     with console.progress(sum(config.layers - i for i in range(count)), "scoring layers", unit="candidate") as bar:
         for _ in range(count):
-            cost = _make_cost(config, len(kept) - 1, rollouts, whole, vocab_size, dtype)
+            cost = _make_cost(config, len(kept) - 1, rows, whole, vocab_size, dtype)
             costs = {}
             for layer in kept:
                 rest = np.asarray([i for i in kept if i != layer])
@@ -91,7 +94,7 @@ def least_important_layers(model: str | Path, data: Data, count: int) -> list[in
 
 
 def _make_cost(
-    config: DecoderConfig, layers: int, rollouts: Rollouts, whole: jax.Array, vocab_size: int, dtype: Any
+    config: DecoderConfig, layers: int, rows: Sequences, whole: jax.Array, vocab_size: int, dtype: Any
 ) -> Any:
     """One compilation per number of layers; which ones is traced."""
     windows = config.layer_windows
@@ -101,9 +104,9 @@ def _make_cost(
 
     def cost(params: Params, keep: jax.Array) -> jax.Array:
         pruned = params | {"layers": jax.tree.map(lambda w: w[keep], params["layers"])}
-        hidden = response_states(pruned, smaller, rollouts, dtype=dtype)
+        hidden = hidden_states(pruned, smaller, rows, dtype=dtype)
         (loss, n), _ = distillation_loss(
-            hidden, head(params), whole, head(params), rollouts.tokens, response_mask(rollouts), Objective(),
+            hidden, head(params), whole, head(params), rows.targets, rows.mask, Objective(),
             vocab_size=vocab_size, metrics=False,
         )  # fmt: skip
         return loss / n

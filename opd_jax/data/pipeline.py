@@ -118,17 +118,6 @@ def stack_prompts(encoded: Sequence[Tokens], ids: Sequence[int], max_prompt: int
     return Prompts(**arrays)
 
 
-def stack_examples(examples: Sequence[Example], ids: Sequence[int], width: int) -> dict[str, np.ndarray]:
-    """Supervised rows, left-aligned: ``tokens`` [B, width], ``lengths`` and ``prompt_lengths`` [B], in tokens."""
-    tokens_BT = np.zeros((len(ids), width), np.int32)
-    for row, i in enumerate(ids):
-        whole = examples[i].prompt + examples[i].response
-        tokens_BT[row, : len(whole)] = whole
-    prompt_lengths_B = np.array([len(examples[i].prompt) for i in ids], np.int32)
-    lengths_B = prompt_lengths_B + np.array([len(examples[i].response) for i in ids], np.int32)
-    return {"tokens": tokens_BT, "lengths": lengths_B, "prompt_lengths": prompt_lengths_B}
-
-
 def prompt_batches(
     encoded: Sequence[Tokens], batch: int, seed: int, max_prompt: int, samples: int = 1
 ) -> grain.DatasetIterator[Prompts]:
@@ -136,11 +125,9 @@ def prompt_batches(
     return _endless(len(encoded), batch, seed, lambda ids: stack_prompts(encoded, ids, max_prompt, samples))
 
 
-def sft_batches(
-    examples: Sequence[Example], batch: int, seed: int, width: int
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Endless batches of supervised rows, see ``stack_examples``; ``width`` = max_prompt + max_response."""
-    return _endless(len(examples), batch, seed, lambda ids: stack_examples(examples, ids, width))
+def sft_batches(examples: Sequence[Example], batch: int, seed: int) -> grain.DatasetIterator[list[Example]]:
+    """Endless batches of supervised examples."""
+    return _endless(len(examples), batch, seed, lambda ids: [examples[i] for i in ids])
 
 
 def _endless(rows: int, batch: int, seed: int, stack: Callable[[Sequence[int]], Any]) -> grain.DatasetIterator[Any]:

@@ -16,12 +16,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from opd_jax import hosts
 from opd_jax.losses import position_metrics
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.sampling.law import Law
-from opd_jax.sampling.states import response_mask, response_states
-from opd_jax.types import Params, Prompts, Rollouts
+from opd_jax.sampling.packing import over_passes
+from opd_jax.sampling.states import hidden_states
+from opd_jax.types import Params, Prompts, Rollouts, Sequences
 
 EVALUATION_STEP = 2**31 - 1  # the "step" of the random-number law; no training step reaches it
 
@@ -66,32 +68,44 @@ def sample_panel(
 
 
 def make_measure(
-    student: DecoderConfig, *, k: int, vocab_size: int, dtype: Any, layout: Layout | None
-) -> Callable[[Params, Rollouts, Array, Array], dict[str, tuple[Array, Array]]]:
-    """Builds the jitted ``measure(student_params, rollouts, teacher_hidden, teacher_head)`` → {name: (sum, count)}.
+    student: DecoderConfig,
+    *,
+    k: int,
+    vocab_size: int,
+    dtype: Any,
+    layout: Layout | None,
+    micro_batch: int | None = None,
+) -> Callable[[Params, Sequences, Array, Array], dict[str, tuple[Array, Array]]]:
+    """Builds the jitted ``measure(student_params, rows, teacher_hidden, teacher_head)`` → {name: (sum, count)}.
 
-    The metrics of paper.md Eqs. 6–10 and both divergences, summed over each row's response tokens: arrays [B].
+    The metrics of paper.md Eqs. 6–10 and both divergences, summed over each sequence's response tokens: arrays [M], of
+    sequences in the order of their batch (and zeros, if it has fewer).
     """
 
     def measure(
-        params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array
+        params: Params, rows: Sequences, teacher_hidden: Array, teacher_head: Array
     ) -> dict[str, tuple[Array, Array]]:
-        hidden = response_states(params, student, rollouts, dtype=dtype, layout=layout)
-        mask = response_mask(rollouts)
-        values = position_metrics(
-            hidden, head(params), teacher_hidden, teacher_head, rollouts.tokens, mask,
-            k=k, vocab_size=vocab_size, layout=layout,
-        )  # fmt: skip
-        shared = mask & (values["overlap_ratio"] > 0)  # elsewhere Eq. 7 has no value
-        masks = dict.fromkeys(MEASURED, mask) | {"overlap_advantage": shared}
-        return {n: (jnp.sum(values[n], axis=1, where=m), jnp.sum(m, axis=1)) for n, m in masks.items()}
+        def add(sums: Array, _: Any, part: Sequences, teacher_hidden: Array) -> Array:
+            hidden = hidden_states(params, student, part, dtype=dtype, layout=layout)
+            values = position_metrics(
+                hidden, head(params), teacher_hidden, teacher_head, part.targets, part.mask,
+                k=k, vocab_size=vocab_size, layout=layout,
+            )  # fmt: skip
+            shared = part.mask & (values["overlap_ratio"] > 0)  # elsewhere Eq. 7 has no value
+            masks = dict.fromkeys(MEASURED, part.mask) | {"overlap_advantage": shared}
+            both = [[jnp.where(masks[n], values[n], 0), masks[n].astype(sums.dtype)] for n in MEASURED]
+            return sums.at[part.segments].add(jnp.moveaxis(jnp.array(both), (0, 1), (2, 3)))
 
-    return jax.jit(measure)
+        zeros = jnp.zeros((rows.tokens.shape[0] + 1, len(MEASURED), 2), jnp.promote_types(dtype, jnp.float32))
+        sums = over_passes(add, zeros, rows, teacher_hidden, micro_batch=micro_batch, layout=layout)
+        return {name: (sums[1:, i, 0], sums[1:, i, 1]) for i, name in enumerate(MEASURED)}
+
+    return jax.jit(measure, out_shardings=layout.sharding() if layout else None)
 
 
 def collect(parts: Sequence[Any], panel: Panel) -> Any:
     """Concatenates batches on the host and drops the rows that only filled up the last one."""
-    host = [jax.device_get(p) for p in parts]
+    host = [hosts.fetch(p) for p in parts]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: panel.rows], *host)
 
 

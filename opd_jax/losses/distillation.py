@@ -34,6 +34,8 @@ def distillation_loss(
     metrics: bool = True,
     metric_k: int = 16,
     bins: int = 16,
+    depth: Int[Array, "B T"] | None = None,
+    steps: int | None = None,
     **optional: Any,
 ) -> tuple[tuple[Array, Array], Metrics]:
     """The distillation loss Σ_t w_t · loss_t, the token count Σ_t w_t, and the metrics (paper §2, Eqs. 3-10).
@@ -49,6 +51,7 @@ def distillation_loss(
         metrics: with them come Eqs. 6-10 and their kin from the same logits, each as (sum, count); else {}.
         metric_k: size of the top-k lists of the metrics, whatever the objective.
         bins: entries of the curves over output position.
+        depth: output position of each token, below ``steps``; None: its column t, of T.
         optional: the further arguments of ``token_losses``, and
             ``weights`` [B, T]: weights of positions (``position_weights``); the metrics are not weighted.
 
@@ -58,7 +61,7 @@ def distillation_loss(
     arrays = (student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
     plan, hidden, head, fixed = _prepare(*arrays, objective, metric_k if metrics else 0, **optional)
     loss, _, values_BT = fused_loss(plan, hidden, head, fixed)
-    return (loss, fixed.tokens.weight.sum()), reduce_metrics(values_BT, fixed.tokens.mask, bins)
+    return (loss, fixed.tokens.weight.sum()), reduce_metrics(values_BT, fixed.tokens.mask, bins, depth, steps)
 
 
 def distillation_gradient(
@@ -73,6 +76,8 @@ def distillation_gradient(
     metrics: bool = True,
     metric_k: int = 16,
     bins: int = 16,
+    depth: Int[Array, "B T"] | None = None,
+    steps: int | None = None,
     **optional: Any,
 ) -> tuple[tuple[Array, Array], Metrics, tuple[Array, Array]]:
     """What ``distillation_loss`` returns, and the gradient of its loss sum in hidden states and head.
@@ -82,7 +87,7 @@ def distillation_gradient(
     arrays = (student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
     plan, hidden, head, fixed = _prepare(*arrays, objective, metric_k if metrics else 0, **optional)
     (loss, _, values_BT), gradient = values_and_gradient(plan, hidden, head, fixed)
-    return (loss, fixed.tokens.weight.sum()), reduce_metrics(values_BT, fixed.tokens.mask, bins), gradient
+    return (loss, fixed.tokens.weight.sum()), reduce_metrics(values_BT, fixed.tokens.mask, bins, depth, steps), gradient
 
 
 def token_losses(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -61,16 +60,25 @@ def token_metrics(
     }
 
 
-def reduce_metrics(values_BT: dict[str, Array], mask_BT: Array, bins: int) -> Metrics:
-    """(sum, count) of each metric over the mask, and ``NAME_by_position`` over equal bins of the T positions."""
+def reduce_metrics(
+    values_BT: dict[str, Array], mask_BT: Array, bins: int, depth_BT: Array | None = None, steps: int | None = None
+) -> Metrics:
+    """(sum, count) of each metric over the mask, and ``NAME_by_position`` over equal bins of ``steps`` positions.
+
+    ``depth`` is the position of each token; None: its column, of T.
+    """
     if not values_BT:
         return {}
-    steps = mask_BT.shape[1]
-    bin_T = np.arange(steps) * bins // steps
+    if depth_BT is None or steps is None:
+        steps = mask_BT.shape[1]
+        depth_BT = jnp.broadcast_to(jnp.arange(steps), mask_BT.shape)
+    in_bin_BTP = depth_BT[..., None] * bins // steps == jnp.arange(bins)
     keeps = [mask_BT & (values_BT["overlap_ratio"] > 0) if n == "overlap_advantage" else mask_BT for n in values_BT]
-    sums_MT = jnp.stack([jnp.where(keep, x, 0).sum(0) for keep, x in zip(keeps, values_BT.values(), strict=True)])
-    counts_MT = jnp.stack([keep.sum(0, dtype=sums_MT.dtype) for keep in keeps])
-    zero = jnp.zeros((len(keeps), bins), sums_MT.dtype)
-    sums_MP, counts_MP = (zero.at[:, bin_T].add(x) for x in (sums_MT, counts_MT))
-    metrics: Metrics = {n: (sums_MT[i].sum(), counts_MT[i].sum()) for i, n in enumerate(values_BT)}
-    return metrics | {f"{n}_by_position": (sums_MP[i], counts_MP[i]) for i, n in enumerate(values_BT)}
+    kept = jnp.stack([jnp.where(keep, x, 0) for keep, x in zip(keeps, values_BT.values(), strict=True)])
+
+    def binned(x_nBT: Array) -> Array:
+        return jnp.einsum("nbt,btp->np", x_nBT, in_bin_BTP.astype(kept.dtype), precision="highest")
+
+    sums_nP, counts_nP = binned(kept), binned(jnp.stack(keeps).astype(kept.dtype))
+    metrics: Metrics = {n: (sums_nP[i].sum(), counts_nP[i].sum()) for i, n in enumerate(values_BT)}
+    return metrics | {f"{n}_by_position": (sums_nP[i], counts_nP[i]) for i, n in enumerate(values_BT)}

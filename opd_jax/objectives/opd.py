@@ -11,13 +11,14 @@ from opd_jax.config import Objective
 from opd_jax.losses import distillation_loss
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
-from opd_jax.sampling.states import response_mask, response_states
-from opd_jax.types import Metrics, Params, Rollouts, Scores
+from opd_jax.sampling.packing import padding
+from opd_jax.sampling.states import hidden_states
+from opd_jax.types import Metrics, Params, Scores, Sequences
 
 
 def opd_loss(
     params: Params,
-    rollouts: Rollouts,
+    rows: Sequences,
     scores: Scores,
     *,
     config: DecoderConfig,
@@ -28,20 +29,23 @@ def opd_loss(
     metrics: bool = True,
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:
-    """((loss sum, response-token count), metrics) of a batch of rollouts; divide once, globally (paper, Eqs. 3–5)."""
-    hidden = response_states(params, config, rollouts, dtype=dtype, remat=remat, layout=layout)
-    return distillation_loss(
+    """((loss sum, response-token count), metrics) of rows of rollouts; divide once, globally (paper, Eqs. 3–5)."""
+    hidden = hidden_states(params, config, rows, dtype=dtype, remat=remat, layout=layout)
+    sums, measured = distillation_loss(
         hidden,
         head(params),
         scores.hidden,
         scores.head,
-        rollouts.tokens,
-        response_mask(rollouts),
+        rows.targets,
+        rows.mask,
         objective,
         vocab_size=vocab_size,
-        topk_ids=rollouts.topk_ids,
-        behaviour_logp=rollouts.logp if objective.correction != "none" else None,
+        topk_ids=rows.topk_ids,
+        behaviour_logp=rows.logp if objective.correction != "none" else None,
         metrics=metrics,
         metric_k=objective.k,
+        depth=rows.depth,
+        steps=rows.max_response,
         layout=layout,
     )
+    return sums, measured | padding(rows)

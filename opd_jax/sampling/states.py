@@ -1,4 +1,4 @@
-"""Teacher-forced passes over rollouts: the hidden state behind every response token."""
+"""Teacher-forced passes over sequences: the hidden state at every column of every row."""
 
 from __future__ import annotations
 
@@ -6,34 +6,21 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, forward
-from opd_jax.types import Params, Rollouts
+from opd_jax.types import Params, Sequences
 
 
-def response_mask(rollouts: Rollouts) -> Bool[Array, "B R"]:
-    """True at response tokens, end-of-sequence included."""
-    return jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
-
-
-def response_states(
+def hidden_states(
     params: Params,
     config: DecoderConfig,
-    rollouts: Rollouts,
+    rows: Sequences,
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
     layout: Layout | None = None,
-) -> Float[Array, "B R D"]:
-    """Hidden states of one forward pass over prompt and response; the state at r predicts ``rollouts.tokens[:, r]``."""
-    P, R = rollouts.prompts.tokens.shape[1], rollouts.tokens.shape[1]
-    # the last response token predicts nothing that is trained: leave its column out
-    tokens = jnp.concatenate([rollouts.prompts.tokens, rollouts.tokens[:, :-1]], axis=1)
-    columns = jnp.arange(P + R - 1) - (P - rollouts.prompts.lengths[:, None])
-    ends = (rollouts.prompts.lengths + rollouts.lengths)[:, None]
-    segments = ((columns >= 0) & (columns < ends)).astype(jnp.int32)
-    positions = jnp.maximum(columns, 0)
-    hidden = forward(params, config, tokens, positions, segments, dtype=dtype, remat=remat, layout=layout)
-    return hidden[:, P - 1 :]
+) -> Float[Array, "M T D"]:
+    """Hidden states of one forward pass; the state at [m, t] predicts ``rows.targets[m, t]``."""
+    return forward(params, config, rows.tokens, rows.positions, rows.segments, dtype=dtype, remat=remat, layout=layout)

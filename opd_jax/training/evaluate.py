@@ -84,11 +84,13 @@ class Evaluator:
 
     def _measured(self, params: Params, rollouts: Rollouts) -> Any:
         """Sums over each row of the metrics of student against teacher."""
-        setup, rows = self._setup, self._setup.layout.put_rows(rollouts)
+        setup = self._setup
+        rows = setup.layout.put_rows(setup.graphs.pack(rollouts))
         assert setup.teacher
         assert setup.graphs.score
         scores = setup.graphs.score(setup.teacher.params, rows)
-        return jax.device_get(setup.graphs.measure(params, rows, scores.hidden, scores.head))
+        measured = jax.device_get(setup.graphs.measure(params, rows, scores.hidden, scores.head))
+        return jax.tree.map(lambda x: x[: len(rollouts.lengths)], measured)
 
     def _progress(self, title: str) -> Any:
         return console.progress(total=len(self.panel.batches), title=title, unit="batch")

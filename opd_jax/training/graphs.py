@@ -19,11 +19,12 @@ from opd_jax.models.decoder import DecoderConfig
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
 from opd_jax.sampling.decode import Engine, make_engine
+from opd_jax.sampling.packing import batch_shards, pack, pack_texts
 from opd_jax.teacher import make_score
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.state import TrainState, state_shardings
 from opd_jax.training.step import make_update
-from opd_jax.types import Params, Rollouts, Scores
+from opd_jax.types import Params, Rollouts, Scores, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Graphs:
     schedule: optax.Schedule
     shardings: TrainState
     engine: Callable[[DecoderConfig], Engine]  # of the student, or of the teacher's own rollouts
-    score: Callable[[Params, Rollouts], Scores] | None
+    pack: Callable[[Rollouts], Sequences]  # on the host
+    pack_texts: Callable[[list[Any]], Sequences]  # of (prompt, response) pairs, on the host
+    score: Callable[[Params, Sequences], Scores] | None
     update: Callable[..., Any]
     update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
     measure: Callable[..., Any]
@@ -58,6 +61,8 @@ def make_graphs(
     layout, dtype = Layout(mesh), jnp.dtype(config.dtype)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps)
     shardings = state_shardings(optimizer, student, layout)
+    micro_batch = rows_per_pass(config, batch_shards(layout))
+    packing: Any = {"separate": not config.pack, "multiple": micro_batch, "layout": layout}
     common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
     if config.kind == "opd":
         loss = functools.partial(_opd_loss, objective=config.objective, **common)
@@ -65,7 +70,7 @@ def make_graphs(
     else:
         loss = quick_loss = functools.partial(sft_loss, **common)
     update, quick_update = (
-        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=config.micro_batch)
+        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=micro_batch)
         for f in (loss, quick_loss)
     )
     new_engine = functools.partial(
@@ -82,12 +87,27 @@ def make_graphs(
         schedule=schedule,
         shardings=shardings,
         engine=functools.cache(new_engine),
-        score=make_score(teacher, dtype=dtype, layout=layout) if teacher else None,
+        pack=functools.partial(pack, **packing),
+        pack_texts=functools.partial(
+            pack_texts, max_prompt=config.data.max_prompt, max_response=config.rollout.max_response, **packing
+        ),
+        score=make_score(teacher, dtype=dtype, layout=layout, micro_batch=micro_batch) if teacher else None,
         update=update,
         update_unmeasured=quick_update,
-        measure=make_measure(student, k=config.objective.k, vocab_size=vocab_size, dtype=dtype, layout=layout),
+        measure=make_measure(
+            student, k=config.objective.k, vocab_size=vocab_size, dtype=dtype, layout=layout, micro_batch=micro_batch
+        ),
     )
 
 
-def _opd_loss(params: Params, rollouts: Rollouts, teacher_hidden: Array, teacher_head: Array, **settings: Any) -> Any:
-    return opd_loss(params, rollouts, Scores(teacher_hidden, teacher_head), **settings)
+def rows_per_pass(config: Config, shards: int) -> int:
+    """``micro_batch``; by default an eighth of the rows where they are packed, or empty rows could not be left out."""
+    rows = config.rollout.prompts * config.rollout.samples
+    if config.micro_batch or not config.pack:
+        return config.micro_batch or rows
+    per_shard = rows // shards
+    return shards * next(n for n in range(1, per_shard + 1) if per_shard % n == 0 and 8 * n >= per_shard)
+
+
+def _opd_loss(params: Params, rows: Sequences, teacher_hidden: Array, teacher_head: Array, **settings: Any) -> Any:
+    return opd_loss(params, rows, Scores(teacher_hidden, teacher_head), **settings)

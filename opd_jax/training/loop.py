@@ -82,10 +82,10 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     law, seed = rollout_law(setup.config), setup.config.seed
     host = clock("rollout", setup.rollout(weights, prompts, law, seed, step))
     del weights
-    rollouts = setup.layout.put_rows(host)
-    scores = clock("score", graphs.score(setup.teacher.params, rollouts))
+    rows = setup.layout.put_rows(clock("pack", graphs.pack(host)))
+    scores = clock("score", graphs.score(setup.teacher.params, rows))
     update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
-    state, metrics = clock("update", update(state, rollouts, scores.hidden, frozen=scores.head))
+    state, metrics = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
     row = means(jax.device_get(metrics)) | {
         "response_length": float(np.mean(host.lengths)),
         "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
@@ -97,9 +97,9 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
 def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, Row]:
     clock = _Clock()
     host = next(setup.batches)
-    batch = setup.layout.put_rows(host)
-    state, metrics = clock("update", setup.graphs.update(state, batch))
-    trained = float(np.sum(host["lengths"] - host["prompt_lengths"]))
+    rows = setup.layout.put_rows(setup.graphs.pack_texts(host))
+    state, metrics = clock("update", setup.graphs.update(state, rows))
+    trained = float(sum(len(response) for _, response in host))
     row = means(jax.device_get(metrics)) | {"tokens_per_second": trained / clock.total()}
     return state, row | _common(setup, state, step) | clock.row()
 

@@ -117,8 +117,7 @@ def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
     max_prompt = config.data.max_prompt
     if config.kind == "sft":
         examples, records, overlong = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
-        rows, width = config.rollout.prompts * config.rollout.samples, max_prompt + config.rollout.max_response
-        return records, overlong, sft_batches(examples, rows, config.seed, width)
+        return records, overlong, sft_batches(examples, config.rollout.prompts * config.rollout.samples, config.seed)
     encoded, records, overlong = encode_prompts(records, tokenizer, config.data)
     batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, config.rollout.samples)
     return records, overlong, batches
