@@ -144,13 +144,12 @@ def _splash(
     heads = "batch", "heads", None, None
     inputs = (q.swapaxes(1, 2) * q.shape[-1] ** -0.5, k, v)
     padded = [_pad(x, -T % _LANES, axis=2) for x in inputs]
-    ids = _pad(segments, -T % _LANES)
-    local = functools.partial(_splash_rows, window=window, interpret=interpret)
+    local: Any = functools.partial(_splash_rows, window=window, interpret=interpret)
     if layout:
         specs = [layout.spec(axes) for axes in (heads, ("batch", "kv_heads", None, None), ("batch", None))]
         specs = (specs[0], specs[1], specs[1], specs[2])
         local = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return local(*padded, ids)[:, :, :T].swapaxes(1, 2)
+    return local(*padded, _pad(segments, -T % _LANES))[:, :, :T].swapaxes(1, 2)
 
 
 def _splash_rows(q: Array, k: Array, v: Array, segments: Array, *, window: int, interpret: bool) -> Array:

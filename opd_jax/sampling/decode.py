@@ -177,9 +177,11 @@ def _decode(
     slots, emitted, flags = state
     choose = functools.partial(_choose, vocab_size=vocab_size, support=emitted.topk_ids.shape[-1])
     if layout:
-        # each device its own rows: left to itself, the partitioner gathers all logits on all devices for the top-k
-        rows, whole = layout.spec(("batch",)), layout.spec(())
-        choose = jax.shard_map(choose, mesh=layout.mesh, in_specs=(rows, rows, rows, whole), out_specs=rows)
+        rows, whole, logits = layout.spec(("batch",)), layout.spec(()), layout.spec(("batch", "vocab"))
+        choose = functools.partial(_share_rows, choose, dict(layout.table)["vocab"])
+        choose = jax.shard_map(
+            choose, mesh=layout.mesh, in_specs=(logits, rows, rows, whole), out_specs=rows, check_vma=False
+        )
     sampled = choose(unembed(slots.hidden, head(weights)), slots.keys, slots.position, law)
 
     def put(array: Array, value: Array) -> Array:
@@ -193,6 +195,29 @@ def _decode(
     after = Slots(slots.column + 1, hidden, slots.position + 1, slots.prompt, slots.keys, live, cache)
     emitted = Emitted(*map(put, emitted, sampled))
     return after, emitted, Flags(flags.count + slots.live, live, flags.stopped | stopped, flags.steps + 1)
+
+
+def _share_rows(
+    choose: Callable[..., tuple[Array, ...]],
+    axes: tuple[str, ...],
+    logits: Array,
+    keys: Array,
+    positions: Array,
+    law: Law,
+) -> tuple[Array, ...]:
+    """``choose`` where the devices of ``axes`` hold parts of the vocabulary: each swaps its part of all rows for all
+    of its share of the rows, so that no device sees, or chooses from, all logits."""
+    ways, B = lax.axis_size(axes), logits.shape[0]
+    if ways == 1:
+        return choose(logits, keys, positions, law)
+    logits, keys, positions = (
+        jnp.pad(x, [(0, -B % ways), *[(0, 0)] * (x.ndim - 1)]) for x in (logits, keys, positions)
+    )
+    share = logits.shape[0] // ways
+    logits = lax.all_to_all(logits, axes, split_axis=0, concat_axis=1, tiled=True)
+    mine = (lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * share, share) for x in (keys, positions))
+    chosen = choose(logits, *mine, law)
+    return tuple(lax.all_gather(x, axes, tiled=True)[:B] for x in chosen)
 
 
 def _choose(
