@@ -41,6 +41,11 @@ class Checkpoints:
             ) from e
         return restored.state, restored.position
 
+    def last_whole(self) -> str:
+        """For messages: the last checkpoint that could be restored now."""
+        steps = ocp.utils.checkpoint_steps(self._manager.directory)
+        return f"the last checkpoint is step {max(steps)}" if steps else "there is no checkpoint yet"
+
     def close(self) -> None:
         """Waits for pending writes."""
         self._manager.wait_until_finished()

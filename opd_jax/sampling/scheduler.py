@@ -7,7 +7,6 @@ reads only the responses of its own slots.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax import hosts
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout
 from opd_jax.sampling.decode import SEGMENT, Emitted, Engine, Slots, bucket
@@ -32,7 +32,8 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A finished response: arrays over its tokens, end-of-sequence included."""
+    """A finished response: arrays over its tokens, end-of-sequence included; of a slot that only other processes hold,
+    arrays of no tokens."""
 
     tokens: np.ndarray
     logp: np.ndarray
@@ -40,6 +41,7 @@ class Response(NamedTuple):
     topk_ids: np.ndarray
     topk_logp: np.ndarray
     stopped: bool  # by an end-of-sequence id; False: cut at the length limit
+    length: int  # tokens, known on every process
 
 
 @dataclasses.dataclass
@@ -109,9 +111,12 @@ class _Host:
 
     def __init__(self, engine: Engine, requests: Sequence[Request], slots: int, shards: int, max_response: int):
         self.engine, self.requests, self.shards, self.max_response = engine, requests, shards, max_response
-        self.groups = jax.process_count() if shards > 1 else 1
-        bounds = np.linspace(0, len(requests), self.groups + 1).astype(int)
-        self.queues = [deque(range(a, b)) for a, b in itertools.pairwise(bounds)]
+        # Shards that the same processes hold share a queue, so that rows end where their prompts came from.
+        holders = _holders(engine.layout, shards)
+        queues: dict[frozenset[int], deque[int]] = {held: deque() for held in holders}
+        self.queues = [queues[held] for held in holders]
+        for i in range(len(requests)):
+            self.queues[i * shards // len(requests)].append(i)
         self.width = max(len(r.tokens) for r in requests)
         self.owner = np.full(slots, -1)
         self.live = np.zeros(slots, bool)
@@ -135,7 +140,7 @@ class _Host:
         source = np.full(len(self.owner), -1, np.int32)
         for slot in np.flatnonzero(~self.live).tolist():
             shard = slot // per_shard
-            queue, mine = self.queues[shard * self.groups // self.shards], prompts[shard]
+            queue, mine = self.queues[shard], prompts[shard]
             if queue:
                 index = queue.popleft()
                 if not mine or not self._same(mine[-1], index):
@@ -221,20 +226,18 @@ class _Host:
         self.position = self.position + flags.count
         self.live = flags.live.copy()
         self.column += int(flags.steps)
-        own = set(rows)
         for slot in ended:
             index = int(self.owner[slot])
-            pieces = self.parts.pop(index)
-            if slot in own:
-                arrays = (np.concatenate(x) for x in zip(*pieces, strict=True))
-                yield index, Response(*arrays, stopped=bool(flags.stopped[slot]))
+            pieces: list[Any] = self.parts.pop(index) or [[x[0, :0] for x in parts]]
+            arrays = (np.concatenate(x) for x in zip(*pieces, strict=True))
+            yield index, Response(*arrays, stopped=bool(flags.stopped[slot]), length=int(self.position[slot]))
 
 
 def make_rollout(
     engine: Engine, *, max_response: int, slots: int | None = None
 ) -> Callable[[Params, Prompts, Law, int, int], Rollouts]:
     """Builds ``rollout(weights, prompts, law, seed, step) → Rollouts`` for training: rows in, the same rows out, as
-    NumPy arrays on the host.
+    NumPy arrays on the host. Of several processes each gets the tokens of its own rows, and all lengths.
 
     ``weights`` are ``engine.cast(params)``: cast and resharded once, for as many calls as they serve.
 
@@ -244,7 +247,7 @@ def make_rollout(
     """
 
     def rollout(weights: Params, prompts: Prompts, law: Law, seed: int, step: int) -> Rollouts:
-        host: Prompts = jax.device_get(prompts)
+        host: Prompts = hosts.fetch(prompts)
         B, R = len(host.lengths), max_response
         rows = zip(host.tokens, host.lengths, host.ids, host.samples, strict=True)
         requests = [Request(t[len(t) - n :].tolist(), int(i), int(s)) for t, n, i, s in rows]
@@ -255,10 +258,9 @@ def make_rollout(
         arrays = (tokens, logp, entropy, topk_ids, topk_logp)
         made = generate(engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R)
         for row, response in made:
-            n = lengths[row] = len(response.tokens)
-            stopped[row] = response.stopped
-            for array, value in zip(arrays, response, strict=False):
-                array[row, :n] = value
+            lengths[row], stopped[row] = response.length, response.stopped
+            for array, value in zip(arrays, response[: len(arrays)], strict=True):
+                array[row, : len(value)] = value
         result: Any = (tokens, lengths, stopped, logp, entropy, topk_ids, topk_logp)
         return Rollouts(host, *result)
 
@@ -277,6 +279,15 @@ def _own_rows(emitted: Emitted) -> tuple[list[int], tuple[np.ndarray, ...]]:
     starts = sorted(pieces[0])
     rows = [start + i for start in starts for i in range(len(pieces[0][start]))]
     return rows, tuple(np.concatenate([p[s] for s in starts]) for p in pieces)
+
+
+def _holders(layout: Layout | None, shards: int) -> list[frozenset[int]]:
+    """The processes that hold each batch shard."""
+    held: list[set[int]] = [set() for _ in range(shards)]
+    if layout:
+        for device, index in layout.sharding(("batch",)).devices_indices_map((shards,)).items():
+            held[index[0].start or 0].add(device.process_index)
+    return [frozenset(h) for h in held]
 
 
 def _ways(layout: Layout | None) -> int:
