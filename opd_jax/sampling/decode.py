@@ -214,7 +214,8 @@ def _share_rows(
         jnp.pad(x, [(0, -B % ways), *[(0, 0)] * (x.ndim - 1)]) for x in (logits, keys, positions)
     )
     share = logits.shape[0] // ways
-    logits = lax.all_to_all(logits, axes, split_axis=0, concat_axis=1, tiled=True)
+    parts = lax.all_to_all(logits.reshape(ways, share, -1), axes, split_axis=0, concat_axis=0, tiled=True)
+    logits = parts.swapaxes(0, 1).reshape(share, -1)  # the vocabulary in order
     mine = (lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * share, share) for x in (keys, positions))
     chosen = choose(logits, *mine, law)
     return tuple(lax.all_gather(x, axes, tiled=True)[:B] for x in chosen)
