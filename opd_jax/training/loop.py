@@ -55,6 +55,11 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                 state, row = step_fn(setup, state, step)
                 writer.write(step, row)
                 bar.update(step, row)
+                if config.pack and step == done + 1:
+                    saved = (
+                        f"padding: {row['padding']:.0%} of the tokens computed, {row['padding_unpacked']:.0%} unpacked"
+                    )
+                    console.print(saved)
                 last, stopping = step == config.steps, stop is not None and stop.is_set()
                 if evaluator and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
                     _evaluate(evaluator, writer, state, step)
@@ -87,6 +92,7 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
     state, metrics = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
     row = means(jax.device_get(metrics)) | {
+        "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / rows.tokens.shape[1],
         "response_length": float(np.mean(host.lengths)),
         "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
         "tokens_per_second": float(np.sum(host.lengths)) / clock.total(),
@@ -100,7 +106,11 @@ def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     rows = setup.layout.put_rows(setup.graphs.pack_texts(host))
     state, metrics = clock("update", setup.graphs.update(state, rows))
     trained = float(sum(len(response) for _, response in host))
-    row = means(jax.device_get(metrics)) | {"tokens_per_second": trained / clock.total()}
+    used = float(np.mean([len(prompt) + len(response) - 1 for prompt, response in host]))
+    row = means(jax.device_get(metrics)) | {
+        "padding_unpacked": 1 - used / rows.tokens.shape[1],
+        "tokens_per_second": trained / clock.total(),
+    }
     return state, row | _common(setup, state, step) | clock.row()
 
 
