@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.errors import InputError
@@ -85,8 +86,11 @@ def constrain(x: Array, axes: Axes, layout: Layout | None) -> Array:
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor); one axis may be -1 and takes what the others leave.
 
+    Neighbours on a TPU's torus become neighbours on the axes. Several TPU slices, which only a data-centre network
+    connects, lie along ``data``: nothing but the sum of gradients then crosses it.
+
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, or ``data`` does not divide over the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
@@ -103,4 +107,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"mesh: (data, fsdp, tensor) = ({data}, {fsdp}, {tensor}) does not fill {len(devices)} devices. "
             f"Sizes must multiply to {len(devices)}; each may be one of {divisors}, and one may be -1."
         )
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise InputError(
+            f"mesh: data = {sizes[0]} does not divide over the {slices} TPU slices. Set mesh.data to a multiple of "
+            f"{slices}, or to -1."
+        )
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), MESH_AXES)
+    within, across = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1]
+    array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES)
