@@ -6,6 +6,7 @@ Requests go through fsspec, as those of etils.epath do. A failed request is repe
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
 import time
@@ -28,6 +29,8 @@ TOGETHER = 8  # requests at the same time: one stream does not fill the network 
 
 T = TypeVar("T")
 
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a traceback for every request that is repeated
+
 
 def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
@@ -49,6 +52,11 @@ def store_path(path: epath.PathLike) -> epath.Path:
         except ImportError as e:
             raise InputError(f"{path}: {scheme}:// paths need pip install {DRIVERS[scheme]}") from e
     return epath.Path(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """What orbax wants; ``epath.Path.absolute`` would put the working directory before gs://."""
+    return store_path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
 def local_file(path: epath.PathLike) -> Path:

@@ -252,3 +252,9 @@ def test_local_files_through_the_same_reader(qwen3: Path) -> None:
     for name, tensor in safetensors.numpy.load_file(qwen3 / SINGLE).items():
         np.testing.assert_array_equal(file.get_slice(name)[:], tensor)
     assert file.get_slice("lm_head.weight").get_dtype() == "F32"
+
+
+def test_orbax_gets_the_path_of_the_store(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(stores.absolute(epath.Path("gs://b/runs/1"))) == "gs://b/runs/1"
+    assert stores.absolute("runs/1") == epath.Path(tmp_path / "runs/1")

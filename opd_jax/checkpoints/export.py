@@ -9,7 +9,7 @@ from etils import epath
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import abstract_params
 from opd_jax.models.hf import check_target, load_config, save_model
-from opd_jax.stores import store_path
+from opd_jax.stores import absolute, store_path
 from opd_jax.tracking.run_dir import existing_run
 
 
@@ -30,7 +30,7 @@ def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float
     config = load_config(student)
     # create=False: reading leaves the run as it is
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-    with ocp.CheckpointManager(run.checkpoints.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(absolute(run.checkpoints), options=options) as manager:
         step = manager.latest_step() if run.checkpoints.exists() else None
         if step is None:
             raise InputError(f"{run.root}: no checkpoint yet; let the run reach its first one (checkpoint.every)")

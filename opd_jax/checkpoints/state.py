@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from opd_jax.errors import InputError
+from opd_jax.stores import absolute
 
 
 class Checkpoints:
@@ -16,7 +17,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(epath.Path(directory).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
