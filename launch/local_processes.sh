@@ -33,6 +33,7 @@ while true; do
   code=$status
   (sleep "$GRACE" && stop KILL) > /dev/null 2>&1 &
   deadline=$!
+  disown "$deadline"
 done
 [[ -z $deadline ]] || kill -- "-$deadline" 2> /dev/null
 exit "$code"

@@ -213,6 +213,32 @@ def export(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/")],
+    overrides: Overrides = None,
+    topology: Annotated[str, typer.Option(help="v5e-16, v5p-32, v4-8, v6e-64, …; cpu-8; or cuda")] = "v5e-16",
+    mean_response: Annotated[
+        float | None, typer.Option(min=1, help="tokens, for the estimated time; default: rollout.max_response")
+    ] = None,
+    cache: Annotated[
+        list[int] | None, typer.Option(min=1, help="also decoding of responses of so many tokens; 15360 and 31744")
+    ] = None,
+    search: Annotated[bool, typer.Option(help="look for the nearest setting that fits")] = True,
+    json_path: JsonPath = None,
+) -> None:
+    """Says whether a run fits a pod, by compiling it for one; what bounds it; and what would fit. Loads nothing."""
+    from opd_jax.config import load_config
+
+    _check_writable("--json", json_path)
+    settings = load_config(config, overrides or [])
+    _compile_only(topology)
+    from opd_jax.plan import LONG, plan_run
+
+    result = plan_run(settings, topology, mean_response=mean_response, caches=cache or LONG, search=search)
+    _write_json(json_path, result)
+
+
+@app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="run directories, here or gs://…; several are compared")],
     out: Annotated[str | None, typer.Option(help="HTML file; default: report.html in the first run")] = None,
@@ -273,6 +299,23 @@ def _use_compilation_cache() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd-jax" / "jax"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _compile_only(topology: str) -> None:
+    """Keeps JAX off this machine's accelerator, and the TPU compiler from looking for one and telling of it."""
+    # by environment, before JAX is imported
+    if topology == "cuda":
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": topology,
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _stop_on_signals() -> threading.Event:

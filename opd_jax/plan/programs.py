@@ -1,0 +1,255 @@
+"""The programs of a run with abstract arguments, laid out on a mesh that need not exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opd_jax.config import Config
+from opd_jax.mesh import ROLLOUT, Axes, Layout
+from opd_jax.models.decoder import (
+    DecoderConfig,
+    abstract_params,
+    head,
+    layer_specs,
+    parameter_shardings,
+    parameter_specs,
+)
+from opd_jax.sampling.decode import SEGMENT, Engine, bucket
+from opd_jax.sampling.law import Law
+from opd_jax.sampling.packing import batch_shards, sequence_shapes
+from opd_jax.training.graphs import Graphs, make_graphs, rows_per_pass
+from opd_jax.training.state import TrainState
+from opd_jax.types import Params, Sequences
+
+Parts = dict[str, int]
+"""What lies on a chip → bytes."""
+
+STATE = ("master weights", "optimizer")
+OF_ROWS = ("teacher scoring", "update", "evaluation: measures")  # what passes of micro_batch rows go through
+SLOTS_OF = {  # the setting that gives the slots of a segment
+    "prefill": "rollout.slots",
+    "rollout segment": "rollout.slots",
+    "evaluation: segment": "evaluation.batch",
+    "evaluation: teacher's segment": "evaluation.batch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compilation. ``arguments`` and ``resident`` say by name what it reads and what lies beside it meanwhile."""
+
+    name: str
+    lower: Callable[[], Any]
+    arguments: Parts
+    resident: Parts
+    depends_on: tuple[Any, ...]  # the settings; equal ones need no second compilation
+    needed: bool = True  # False: a line that only answers "what if"
+
+
+class Programs:
+    """Those of one configuration on one mesh, in the order in which a step runs them.
+
+    Raises:
+        InputError: sizes that do not divide over the mesh.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, student: DecoderConfig, teacher: DecoderConfig | None):
+        self.config, self.student, self.teacher = config, student, teacher
+        self.layout = Layout(mesh)
+        self.rows = config.rollout.prompts * config.rollout.samples
+        self.slots = min(config.rollout.slots or self.rows, self.rows)
+        for what, size in {
+            "rollout.prompts × rollout.samples": self.rows,
+            "rollout.slots": self.slots,
+            "micro_batch": config.micro_batch or self.rows,
+        }.items():
+            self.layout.check(what, (size,), ("batch",))
+        self.shards = batch_shards(self.layout)
+        self.micro_batch = rows_per_pass(config, self.shards)
+        self._mesh = tuple(mesh.shape.values())
+        vocab = min(c.vocab_size for c in (student, teacher) if c)
+        self.graphs: Graphs = make_graphs(config, mesh, student, teacher, stops=(vocab - 1,), vocab_size=vocab)
+        self.state = self._state()
+        self.weights: Params = self._params(teacher, config.dtype) if teacher else {}
+        sizes = per_chip(self.state.params), per_chip(self.state.opt_state)
+        self.always: Parts = dict(zip(STATE, sizes, strict=True)) | (
+            {"teacher": per_chip(self.weights)} if self.weights else {}
+        )
+
+    def all(self, caches: tuple[int, ...] = ()) -> list[Program]:
+        """The programs; ``caches``: also a segment for responses of that many tokens, apart from the run."""
+        settings, evaluation = self.config.rollout, self.config.evaluation
+        prompt, longest = self.config.data.max_prompt, settings.max_response
+        if self.config.kind == "sft":
+            return [self.update()]
+        found = [
+            self.cast("weights for the rollout", self.student, self.state.params),
+            self.prefill(),
+            self.segment("rollout segment", self.student, self.slots, prompt + longest),
+            self.score(),
+            self.update(),
+        ]
+        if evaluation.data:
+            assert self.teacher
+            length = evaluation.data.max_prompt + (evaluation.max_response or longest)
+            rows = self.evaluation_rows()
+            found += [
+                self.segment("evaluation: segment", self.student, rows, length),
+                self.measure(rows),
+                self.cast("evaluation: teacher's weights", self.teacher, self.weights),
+                self.segment("evaluation: teacher's segment", self.teacher, rows, length),
+            ]
+        return found + [
+            self.segment(f"segment, responses of {n:,}", self.student, self.slots, prompt + n, needed=False)
+            for n in caches
+        ]
+
+    def evaluation_rows(self) -> int:
+        evaluation = self.config.evaluation
+        rows, ways = min(evaluation.batch, evaluation.problems * evaluation.samples), self.shards
+        return -(-rows // ways) * ways
+
+    def cast(self, name: str, network: DecoderConfig, params: Any) -> Program:
+        resident = dict(self.always)
+        part = "master weights" if network is self.student else "teacher"
+        arguments = {part: resident.pop(part)}
+        return Program(name, lambda: self.graphs.engine(network).cast.lower(params), arguments, resident, self._mesh)
+
+    def prefill(self) -> Program:
+        engine = self.graphs.engine(self.student)
+        ways = self.shards
+        # as the scheduler's first one: prompts of a shard without their repeats, in powers of four
+        prompts = -(-self.slots // ways // self.config.rollout.samples)
+        rows = ways * min(next(4**i for i in range(20) if 4**i >= prompts), self.slots // ways)
+        width = min(bucket(self.config.data.max_prompt, 16), self.config.data.max_prompt)
+        weights, slots = self._decode_weights(self.student), self._slots(engine, self.slots, self._columns())
+        whole = self.layout.sharding()
+        tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=whole)
+        lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+        return Program(
+            "prefill",
+            lambda: engine.prefill.lower(weights, tokens, lengths),
+            {"decode weights": per_chip(weights)},
+            self.always | {"cache": per_chip(slots.cache)},
+            (self._mesh, self.slots),
+        )
+
+    def segment(self, name: str, network: DecoderConfig, slots: int, length: int, *, needed: bool = True) -> Program:
+        """A segment of decoding at the widest cache that ``length`` columns of prompt and response need."""
+        engine = self.graphs.engine(network)
+        weights, state = self._decode_weights(network), self._slots(engine, slots, self._columns(length))
+        arguments = {"decode weights": per_chip(weights), "cache": per_chip(state.cache)}
+        scalars = (Law(), length, SEGMENT, slots + 1)
+        depends_on = self._mesh, slots, length
+        lower = lambda: engine.segment.lower(weights, state, *scalars)  # noqa: E731
+        return Program(name, lower, arguments, self.always, depends_on, needed)
+
+    def score(self) -> Program:
+        resident = {k: v for k, v in self.always.items() if k != "teacher"}
+        score: Any = self.graphs.score
+        sequences = self._sequences(self.rows)
+        return Program(
+            "teacher scoring",
+            lambda: jax.jit(lambda *x: score(*x).hidden).lower(self.weights, sequences),
+            {"teacher": self.always["teacher"], "sequences": per_chip(sequences)},
+            resident,
+            (self._mesh, self.micro_batch),
+        )
+
+    def update(self) -> Program:
+        state, sequences = {k: self.always[k] for k in STATE}, self._sequences(self.rows)
+        depends_on = self._mesh, self.micro_batch, self.config.remat
+        if self.teacher is None:
+            parts = state | {"sequences": per_chip(sequences)}
+            return Program("update", lambda: self.graphs.update.lower(self.state, sequences), parts, {}, depends_on)
+        hidden, teacher_head = self._hidden(sequences), head(self.weights)
+        return Program(
+            "update",
+            lambda: self.graphs.update.lower(self.state, sequences, hidden, frozen=teacher_head),
+            state | self._scored(sequences, hidden),
+            {"teacher": self.always["teacher"] - per_chip(teacher_head)},
+            depends_on,
+        )
+
+    def measure(self, rows: int) -> Program:
+        sequences = self._sequences(
+            -(-rows // self.micro_batch) * self.micro_batch, self.config.evaluation.max_response
+        )
+        hidden, teacher_head = self._hidden(sequences), head(self.weights)
+        return Program(
+            "evaluation: measures",
+            lambda: self.graphs.measure.lower(self.state.params, sequences, hidden, teacher_head),
+            {"master weights": self.always["master weights"]} | self._scored(sequences, hidden),
+            {"optimizer": self.always["optimizer"], "teacher": self.always["teacher"] - per_chip(teacher_head)},
+            (self._mesh, self.micro_batch, rows),
+        )
+
+    def _scored(self, sequences: Sequences, hidden: Any) -> Parts:
+        return {
+            "sequences": per_chip(sequences),
+            "teacher states": per_chip(hidden),
+            "teacher's head": per_chip(head(self.weights)),
+        }
+
+    def _columns(self, length: int | None = None) -> int:
+        """Cache columns as the scheduler gives them: a slot may be a segment ahead of its last column."""
+        length = length or self.config.data.max_prompt + self.config.rollout.max_response
+        return min(bucket(length + SEGMENT), length + SEGMENT)
+
+    def _shaped(self, shape: tuple[int, ...], dtype: Any, axes: Axes, layout: Layout | None = None) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=(layout or self.layout).sharding(axes))
+
+    def _params(self, network: DecoderConfig, dtype: Any) -> Params:
+        shardings = parameter_shardings(network, self.layout)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),
+            abstract_params(network),
+            shardings,
+        )
+
+    def _state(self) -> TrainState:
+        params = self._params(self.student, jnp.float32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(count, count, params, jax.eval_shape(self.graphs.optimizer.init, params))  # pyright: ignore
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.graphs.shardings
+        )
+
+    def _decode_weights(self, network: DecoderConfig) -> Params:
+        layout, specs, layer = Layout(self.layout.mesh, ROLLOUT), parameter_specs(network), layer_specs(network)
+        dtype = jnp.dtype(self.config.dtype)
+
+        def shaped(spec: Any) -> Any:
+            return self._shaped(spec.shape, dtype, spec.axes, layout)
+
+        one = {name: shaped(spec) for name, spec in layer.items()}
+        return {n: shaped(s) for n, s in specs.items() if n != "layers"} | {"layers": [one] * network.layers}
+
+    def _slots(self, engine: Engine, slots: int, columns: int) -> Any:
+        layout = Layout(self.layout.mesh, ROLLOUT)
+        axes: dict[int, Axes] = {0: (), 4: ("batch", "kv_heads", None, None)}
+        state = jax.eval_shape(lambda: engine.empty(slots, columns))
+        return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, axes.get(x.ndim, ("batch",)), layout), state)
+
+    def _sequences(self, rows: int, longest: int | None = None) -> Sequences:
+        k = None if self.config.kind == "sft" else self.config.objective.k
+        longest = longest or self.config.rollout.max_response
+        shapes = sequence_shapes(rows, self.config.data.max_prompt, longest, k)
+        return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ("batch",)), shapes)
+
+    def _hidden(self, sequences: Sequences) -> Any:
+        assert self.teacher
+        shape = (*sequences.tokens.shape, self.teacher.width)
+        return self._shaped(shape, jnp.dtype(self.config.dtype), ("batch",))
+
+
+def per_chip(tree: Any) -> int:
+    """Bytes of abstract arrays on one chip, without the padding of its memory layout."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
