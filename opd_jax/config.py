@@ -97,13 +97,24 @@ class Rollout(Strict):
 
 class Optimizer(Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-6
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     warmup: NonNegativeInt = 0  # steps
+    decay: NonNegativeInt = 0  # wsd: the last steps, over which the rate falls to 0
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0  # global gradient norm
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second is always float32
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.schedule == "wsd") != (self.decay > 0):
+            raise ValueError(
+                f"schedule={self.schedule} with decay={self.decay}: wsd, and only that, takes the number of the "
+                "last steps, over which the rate falls"
+            )
+        return self
 
 
 class MeshSizes(Strict):

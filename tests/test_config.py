@@ -109,6 +109,8 @@ def test_wrong_leaf_is_named(file: Path, override: str, named: str) -> None:
     [
         (["teacher=null"], "kind=opd needs teacher.path"),
         (["kind=sft"], "kind=sft needs data.response"),
+        (["optimizer.schedule=wsd"], "optimizer: schedule=wsd with decay=0"),
+        (["objective.correction=tis"], "weights a policy gradient"),
         (["rollout.prompts=3", "rollout.samples=1", "micro_batch=2"], "micro_batch=2 does not divide"),
         (["objective.name=topk", "objective.tail=true", "objective.normalise=false"], "tail=true"),
         (["objective.name=sampled", "objective.divergence=jsd"], "reverse-KL gradient"),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 import small_models
@@ -198,6 +199,39 @@ def test_adamw_equals_the_closed_form() -> None:
         np.testing.assert_allclose(got, w[jax.tree_util.keystr(path)], rtol=0, atol=1e-6)
 
 
+@pytest.mark.torch
+def test_adamw_equals_torch() -> None:
+    """Steps of torch.optim.AdamW, its gradient clip included, from the same gradients."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    settings = Optimizer(lr=1e-2, b1=0.9, b2=0.98, weight_decay=0.1, clip=1.0)
+    optimizer, _ = make_optimizer(settings, 9)
+    start = toy_tree(rng)
+    params, moments = jax.tree.map(jnp.asarray, start), optimizer.init(start)
+    theirs = {jax.tree_util.keystr(k): torch.nn.Parameter(torch.tensor(x)) for k, x in jax.tree.leaves_with_path(start)}
+    plain = [w for k, w in theirs.items() if "norm" in k or "bias" in k]
+    matrices = [w for k, w in theirs.items() if not ("norm" in k or "bias" in k)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    opponent = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-8)
+    for _ in range(4):
+        grads = toy_tree(rng)
+        for k, g in jax.tree.leaves_with_path(grads):
+            theirs[jax.tree_util.keystr(k)].grad = torch.tensor(g)
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)
+        opponent.step()
+        updates, moments = optimizer.update(grads, moments, params)
+        params = optax.apply_updates(params, updates)
+    for k, w in jax.tree.leaves_with_path(params):
+        np.testing.assert_allclose(w, theirs[jax.tree_util.keystr(k)].detach().numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_first_moment_in_bfloat16() -> None:
+    start = jax.tree.map(jnp.asarray, toy_tree(np.random.default_rng(0)))
+    moments = [make_optimizer(Optimizer(moment_dtype=t), 5)[0].init(start) for t in ("float32", "bfloat16")]
+    whole, half = (sum(x.nbytes for x in jax.tree.leaves(m)) for m in moments)
+    assert whole - half == sum(x.nbytes for x in jax.tree.leaves(start)) // 2
+
+
 @pytest.mark.parametrize(
     ("settings", "want"),
     [
@@ -207,6 +241,8 @@ def test_adamw_equals_the_closed_form() -> None:
         ({"warmup": 9}, [1 / 9, 2 / 9, 3 / 9, 4 / 9, 5 / 9, 6 / 9]),
         ({"schedule": "linear"}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ({"schedule": "linear", "warmup": 2}, [0.5, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ({"schedule": "wsd", "warmup": 1, "decay": 3}, [1, 1, 1, 1, 2 / 3, 1 / 3]),
+        ({"schedule": "wsd", "decay": 9}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ({"schedule": "cosine", "warmup": 2}, [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * np.arange(4) / 4))]),
     ],
     ids=str,

@@ -10,12 +10,17 @@ from opd_jax.types import Params
 
 
 def make_schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up from lr / warmup, then constant, or cosine or linear decay, 0 after the last step."""
+    """Linear warm-up from lr / warmup, then constant, or cosine or linear decay, 0 after the last step.
+
+    ``wsd`` (warm-up, stable, decay) stays constant until the last ``settings.decay`` steps, which fall linearly to 0.
+    """
     rest = max(steps - settings.warmup, 1)
+    falling = min(settings.decay, rest)
     after = {
         "constant": optax.constant_schedule(settings.lr),
         "cosine": optax.cosine_decay_schedule(settings.lr, rest),
         "linear": optax.linear_schedule(settings.lr, 0.0, rest),
+        "wsd": optax.linear_schedule(settings.lr, 0.0, max(falling, 1), transition_begin=rest - falling),
     }[settings.schedule]
     if not settings.warmup:
         return after
@@ -35,6 +40,7 @@ def make_optimizer(settings: Optimizer, steps: int) -> tuple[optax.GradientTrans
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             mask=_decayed,
+            mu_dtype=settings.moment_dtype,
         ),
     )
     return optimizer, schedule
