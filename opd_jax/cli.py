@@ -65,16 +65,31 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see configs/")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the last whole checkpoint")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="--resume if the run has been started before; for schedulers")
+    ] = False,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0, if there are several")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="how many there are, one a host")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="which one this is, from 0")] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Trains a student: on-policy distillation (kind: opd) or supervised fine-tuning (kind: sft).
 
-    Ctrl-C or SIGTERM saves, stops, and exits with code 3; --resume then continues with the same numbers.
+    Ctrl-C or SIGTERM saves, stops, and exits with code 3; --resume then continues with the same numbers. On a TPU pod,
+    under SLURM or Open MPI, run it on every host: the processes find each other. Elsewhere say who they are by
+    --coordinator, --processes, --process-id, or OPD_COORDINATOR, OPD_PROCESSES, OPD_PROCESS_ID.
     """
     from opd_jax.config import load_config
 
     _check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
+    from opd_jax import hosts
+
+    hosts.start(coordinator, processes, process_id)
+    if auto_resume:
+        from opd_jax.stores import store_path
+
+        resume = hosts.agree((store_path(settings.run_dir) / "config.yaml").exists())
     from opd_jax.training.loop import train as run  # seconds, which a mistake in the configuration need not wait
 
     rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=_stop_on_signals())
@@ -334,6 +349,11 @@ def _stop_on_signals() -> threading.Event:
 
 def _write_json(path: Path | None, result: Any) -> None:
     if path:
+        import jax
+
         from opd_jax.tracking.writers import plain
+
+        if jax.process_index():
+            return
 
         path.write_text(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

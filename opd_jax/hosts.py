@@ -151,8 +151,8 @@ def _explicit(
         raise InputError(f"several processes: OPD_PROCESSES and OPD_PROCESS_ID must be integers ({e}).") from e
     if not 0 <= index < count:
         raise InputError(
-            f"--process-id {index} --processes {count}: there must be at least one process, and the index must be one of "
-            f"0 … {max(count, 1) - 1}."
+            f"--process-id {index} --processes {count}: there must be at least one process, and its index must be one "
+            f"of 0 … {max(count, 1) - 1}."
         )
     host, _, port = given["coordinator"].rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -180,7 +180,7 @@ def _cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _slurm_devices(environment: Mapping[str, str]) -> dict[str, Any]:
-    """JAX gives a SLURM task the GPU with its local index. A task with a node, or a GPU, of its own uses all it sees."""
+    """JAX gives a SLURM task the GPU of its local index; a task with a node, or a GPU, of its own uses all it sees."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
     seen = len(visible) if visible != [""] else _number(environment, "SLURM_GPUS_ON_NODE")
     alone = _number(environment, "SLURM_NTASKS") == _number(environment, "SLURM_STEP_NUM_NODES")
@@ -201,7 +201,7 @@ def _check_port(address: str) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as e:
         raise InputError(
-            f"--coordinator {address}: process 0 cannot listen on port {port} ({e.strerror}). Give a free port, the "
+            f"--coordinator {address}: process 0 cannot listen on port {port} ({os.strerror(e.errno or 0)}). Give a free port, the "
             "same to all processes."
         ) from e
 

@@ -259,8 +259,9 @@ def make_rollout(
         made = generate(engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R)
         for row, response in made:
             lengths[row], stopped[row] = response.length, response.stopped
-            for array, value in zip(arrays, response[: len(arrays)], strict=True):
-                array[row, : len(value)] = value
+            made_here = len(response.tokens)
+            for array, value in zip(arrays, response, strict=False):
+                array[row, :made_here] = value
         result: Any = (tokens, lengths, stopped, logp, entropy, topk_ids, topk_logp)
         return Rollouts(host, *result)
 

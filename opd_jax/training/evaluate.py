@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from opd_jax import hosts
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
 from opd_jax.evaluation import heldout
@@ -57,7 +59,7 @@ class Evaluator:
                     measured.append(self._measured(params, rollouts))
                 bar.advance()
         of_teacher = [self._measured(params, rollouts) for rollouts in self._reference]
-        row, samples = self._graded("student", heldout.collect(batches, self.panel))
+        row, samples = self._graded("student", batches)
         if measured:
             row |= heldout.mean_metrics(heldout.collect(measured, self.panel), self.panel)
         if of_teacher:
@@ -72,7 +74,7 @@ class Evaluator:
             for rollouts in self._rollouts(teacher.config, teacher.params):
                 self._reference.append(rollouts)
                 bar.advance()
-        return self._graded("teacher", heldout.collect(self._reference, self.panel))
+        return self._graded("teacher", self._reference)
 
     def close(self) -> None:
         self._pool.__exit__()
@@ -89,13 +91,18 @@ class Evaluator:
         assert setup.teacher
         assert setup.graphs.score
         scores = setup.graphs.score(setup.teacher.params, rows)
-        measured = jax.device_get(setup.graphs.measure(params, rows, scores.hidden, scores.head))
+        measured = hosts.fetch(setup.graphs.measure(params, rows, scores.hidden, scores.head))
         return jax.tree.map(lambda x: x[: len(rollouts.lengths)], measured)
 
     def _progress(self, title: str) -> Any:
         return console.progress(total=len(self.panel.batches), title=title, unit="batch")
 
-    def _graded(self, who: str, rollouts: Rollouts) -> tuple[Row, list[Row]]:
+    def _graded(self, who: str, batches: list[Rollouts]) -> tuple[Row, list[Row]]:
+        layout = self._setup.layout
+        whole = [dataclasses.replace(rows, tokens=hosts.fetch(layout.put_rows(rows.tokens))) for rows in batches]
+        if jax.process_index():
+            return {}, []  # process 0 grades and writes
+        rollouts = heldout.collect(whole, self.panel)
         texts = heldout.responses(rollouts, self._setup.tokenizer)
         correct = heldout.grade_rows(self.panel, texts, self._pool.grade)
         row: Row = {"who": who} | heldout.summarise_lengths(rollouts.lengths, rollouts.stopped, self.panel)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from opd_jax import hosts
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config, dump_config
 from opd_jax.errors import Interrupted
@@ -25,17 +26,23 @@ from opd_jax.types import Metrics
 Row = dict[str, Any]
 
 
+@hosts.together()
 def train(config: Config, *, resume: bool = False, title: str = "", stop: threading.Event | None = None) -> list[Row]:
     """Runs (or resumes) a configuration to its last step; returns the rows of evaluations.jsonl.
 
+    Of several processes (``hosts.start``) all call it with the same arguments; process 0 writes and prints.
+
     Raises:
         InputError: the configuration, its files or the run directory cannot be used; nothing has been changed.
-        Interrupted: ``stop`` was set; the state was saved first.
+        Interrupted: ``stop`` was set, on any process; the state was saved first.
     """
-    setup = prepare(config)
-    evaluator = Evaluator(setup) if config.evaluation.data else None
-    run = open_run(config.run_dir, dump_config(config), resume)
+    console.terminal.quiet |= jax.process_index() > 0
+    with hosts.refused_together():
+        setup = prepare(config)
+        evaluator = Evaluator(setup) if config.evaluation.data else None
+        run = open_run(config.run_dir, dump_config(config), resume)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    hosts.on_loss(checkpoints.last_whole)
     state, done = setup.state, 0
     restored = checkpoints.restore(abstract(state, setup.graphs.shardings)) if resume else None
     if restored:
@@ -60,7 +67,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                         f"padding: {row['padding']:.0%} of the tokens computed, {row['padding_unpacked']:.0%} unpacked"
                     )
                     console.print(saved)
-                last, stopping = step == config.steps, stop is not None and stop.is_set()
+                last, stopping = step == config.steps, hosts.agree(stop is not None and stop.is_set())
                 if evaluator and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
                     _evaluate(evaluator, writer, state, step)
                 # last of all: what was logged up to here belongs to this checkpoint
@@ -91,7 +98,7 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     scores = clock("score", graphs.score(setup.teacher.params, rows))
     update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
     state, metrics = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
-    row = means(jax.device_get(metrics)) | {
+    row = means(hosts.fetch(metrics)) | {
         "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / rows.tokens.shape[1],
         "response_length": float(np.mean(host.lengths)),
         "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
@@ -107,7 +114,7 @@ def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     state, metrics = clock("update", setup.graphs.update(state, rows))
     trained = float(sum(len(response) for _, response in host))
     used = float(np.mean([len(prompt) + len(response) - 1 for prompt, response in host]))
-    row = means(jax.device_get(metrics)) | {
+    row = means(hosts.fetch(metrics)) | {
         "padding_unpacked": 1 - used / rows.tokens.shape[1],
         "tokens_per_second": trained / clock.total(),
     }
