@@ -1,29 +1,37 @@
 #!/usr/bin/env bash
 # One training run on all workers of a Cloud TPU pod: makes the pod if asked, installs, trains, resumes.
 # Usage: NAME=opd ZONE=us-west4-a launch/tpu_pod.sh CONFIG [key=value …]
-# CONFIG and what it names (models, data, run_dir) are read on the workers, which share no disk: use gs:// paths.
+# The workers share no disk: models, data and run_dir in CONFIG have to be gs:// paths.
 set -euo pipefail
 
-NAME=${NAME:-opd}                                # of the pod
-ZONE=${ZONE:-}                                   # required
-PROJECT=${PROJECT:-$(gcloud config get project)} # billed
-ACCELERATOR=${ACCELERATOR:-}                     # to make the pod where there is none, e.g. v5litepod-16, v6e-16
-RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}          # image of a new pod; v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e)
-SPOT=${SPOT:-}                                   # 1: cheaper, may be taken away; it is then made anew
-PACKAGE=${PACKAGE:-opd-jax[tpu,gcs]}             # what to install: a requirement, a git+https:// or a wheel's URL
-RESTARTS=${RESTARTS:-20}                         # give up after so many
+NAME=${NAME:-opd}                       # of the pod
+ZONE=${ZONE:-}                          # required
+ACCELERATOR=${ACCELERATOR:-}            # to make the pod where there is none, e.g. v5litepod-16, v6e-16, v5p-32
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} # image of a new pod; for v5p v2-alpha-tpuv5, for v6e v2-alpha-tpuv6e
+SPOT=${SPOT:-}                          # 1: cheaper, may be taken away; it is then made anew
+PACKAGE=${PACKAGE:-opd-jax[tpu,gcs]}    # what to install: a requirement, as also NAME[extras] @ git+https://…
+RESTARTS=${RESTARTS:-20}                # give up after so many
+PAUSE=${PAUSE:-30}                      # seconds before a restart
 
 if [[ $# -lt 1 || ! -f $1 || -z $ZONE ]]; then
   sed -n '2,4s/^# //p' "$0" >&2
   exit 2
 fi
-config=$1
+files=$(mktemp -d)
+trap 'rm -rf "$files"' EXIT
+cp "$1" "$files/opd-config.yaml"
 shift
+arguments=
+[[ $# -eq 0 ]] || arguments=$(printf ' %q' "$@")
+cat > "$files/opd-run.sh" << END
+opd-jax/bin/opd train opd-config.yaml --auto-resume$arguments > opd.log 2>&1
+echo \$? > opd.exit
+END
 
-tpu() { gcloud compute tpus tpu-vm "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
+tpu() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 everywhere() { tpu ssh "$NAME" --worker=all --command="$1"; }
 
-make_pod() { # leaves a pod that is ready
+make_pod() { # leaves one that is ready
   local state
   state=$(tpu describe "$NAME" --format='value(state)' 2> /dev/null || true)
   [[ $state != READY ]] || return 0
@@ -35,27 +43,23 @@ make_pod() { # leaves a pod that is ready
   tpu create "$NAME" --accelerator-type="$ACCELERATOR" --version="$RUNTIME" ${SPOT:+--spot}
 }
 
-install() { # a virtual environment, since the images bring an older Python than 3.11
-  everywhere "python3 -m pip install --quiet --user uv \
-    && python3 -m uv venv --quiet --allow-existing --python 3.11 opd-jax \
-    && python3 -m uv pip install --quiet --python opd-jax/bin/python $(printf %q "$PACKAGE")" \
-    && tpu scp "$config" "$NAME:opd-config.yaml" --worker=all
-}
+# The images bring an older Python than 3.11, hence uv.
+install="python3 -m pip install --quiet --user uv \
+  && python3 -m uv venv --quiet --allow-existing --python 3.11 opd-jax \
+  && python3 -m uv pip install --quiet --python opd-jax/bin/python $(printf %q "$PACKAGE")"
+# Apart from the connection, which may break: gcloud then repeats its command, and to wait twice does no harm.
+start="pgrep -x opd > /dev/null || { rm -f opd.exit opd.log; setsid -f bash opd-run.sh < /dev/null > /dev/null 2>&1; }"
+wait="tail -n +1 -F opd.log 2> /dev/null & until [ -f opd.exit ]; do sleep 1; done; sleep 1; kill \$!; exit \$(cat opd.exit)"
 
-arguments=
-[[ $# -eq 0 ]] || arguments=$(printf ' %q' "$@")
 for ((restart = 0; restart <= RESTARTS; restart++)); do
   make_pod
   code=0
-  install || code=$?
+  everywhere "$install" && tpu scp "$files"/* "$NAME:" --worker=all && everywhere "$start" || code=$?
   [[ $code -eq 0 || $code -eq 255 ]] || exit "$code" # 255: no connection, perhaps not yet
-  if [[ $code -eq 0 ]]; then
-    # a process that the last attempt left behind would hold the chips
-    everywhere "pkill -KILL -x opd; opd-jax/bin/opd train opd-config.yaml --auto-resume$arguments" || code=$?
-  fi
-  # 3: stopped and saved; 1 and 255: a worker was lost, or the connection to it
+  [[ $code -ne 0 ]] || everywhere "$wait" || code=$?
+  # 3: stopped and saved; 1: a worker was lost. 2 is a mistake that the next attempt would repeat.
   [[ $code -eq 1 || $code -eq 3 || $code -eq 255 ]] || exit "$code"
   echo "exit code $code; resuming (restart $((restart + 1)) of $RESTARTS)" >&2
-  sleep 30
+  sleep "$PAUSE"
 done
 exit "$code"
