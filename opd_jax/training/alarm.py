@@ -1,0 +1,69 @@
+"""Tells a collapse from noise: what of a run leaves its own running level in the direction in which runs die.
+
+Long responses collapse from their end: entropy there leaves its level, overlap with the teacher falls, responses no
+longer end, the gradient spikes (paper §6.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Row = dict[str, Any]
+
+LEVEL, RECENT = 20, 3  # logged steps that make the level, and that are held against it
+FEWEST = 8  # steps of a level
+DEVIATIONS = 6.0
+GRADIENT = "log gradient norm"
+
+
+class Signal(NamedTuple):
+    name: str
+    read: Callable[[Row], float]
+    sign: int  # the bad direction; 0: both
+    least: float  # a smaller shift is never an alarm
+
+
+def _late_entropy(row: Row) -> float:
+    """Mean student entropy of the last third of the positions that responses reach, in nats."""
+    bins = [x for x in row.get("student_entropy_by_position", []) if x is not None and math.isfinite(x)]
+    return float(np.mean(bins[-max(1, len(bins) // 3) :])) if bins else math.nan
+
+
+def _log_norm(row: Row) -> float:
+    norm = row.get("gradient_norm", math.nan)
+    return math.log(norm) if norm > 0 else math.nan
+
+
+SIGNALS = (
+    Signal("late-position entropy", _late_entropy, 0, 0.5),
+    Signal("overlap with the teacher", lambda row: row.get("overlap_ratio", math.nan), -1, 0.1),
+    Signal("truncated responses", lambda row: row.get("truncation_rate", math.nan), 1, 0.2),
+    Signal(GRADIENT, _log_norm, 1, math.log(4)),
+)
+
+
+def collapse(history: Sequence[Row]) -> str | None:
+    """What has left its level, in words, after the last of the logged rows; None while all is well.
+
+    A signal has left its level where the median of its last 3 values is off the median of the 20 before by more than 6
+    of their scaled median deviations, and by more than a size that matters. A gradient spike by itself is no collapse.
+    """
+    left = {signal.name: text for signal in SIGNALS if (text := _shift(signal, history))}
+    return "; ".join(left.values()) if left.keys() - {GRADIENT} else None
+
+
+def _shift(signal: Signal, history: Sequence[Row]) -> str | None:
+    values = np.array([signal.read(row) for row in history])
+    values = values[np.isfinite(values)][-LEVEL - RECENT :]
+    if len(values) < FEWEST + RECENT:
+        return None
+    before, now = values[:-RECENT], float(np.median(values[-RECENT:]))
+    level = float(np.median(before))
+    noise = 1.4826 * float(np.median(np.abs(before - level)))
+    shift = (now - level) * signal.sign if signal.sign else abs(now - level)
+    least = max(signal.least, DEVIATIONS * noise)
+    return f"{signal.name} went from {level:.2f} to {now:.2f}" if shift > least else None
