@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,17 @@ def refused_together() -> Iterator[None]:
             raise InputError(f"process {i}: {line.tobytes().rstrip(bytes(1)).decode(errors='replace')}")
 
 
+def check_same(what: str, content: str) -> None:
+    """Raises InputError on all processes where one of them holds another ``content``; all must call it."""
+    if not several():
+        return
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(content.encode("utf-8", "backslashreplace"))))
+    if others := [str(i) for i, x in enumerate(sums) if x != sums[0]]:
+        raise InputError(
+            f"{what}: not the same on process {', '.join(others)} as on process 0. Give all the same files and options."
+        )
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """If a process is lost inside, the others end with exit code 1 and one line that names it."""
@@ -200,9 +212,10 @@ def _check_port(address: str) -> None:
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as e:
+        reason = os.strerror(e.errno or 0)
         raise InputError(
-            f"--coordinator {address}: process 0 cannot listen on port {port} ({os.strerror(e.errno or 0)}). Give a free port, the "
-            "same to all processes."
+            f"--coordinator {address}: process 0 cannot listen on port {port} ({reason}). Give a free port, the same "
+            "to all processes."
         ) from e
 
 
