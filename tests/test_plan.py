@@ -136,7 +136,14 @@ def test_a_tiny_run_on_simulated_devices(models: Path) -> None:
     """Bytes of arguments are those of the arrays that lie on a chip; the sum of a line is its peak."""
     result = plan_run(settings(models, mesh={"data": 1, "fsdp": 8}), "cpu-8", caches=())
     lines = {line["name"]: line for line in result["programs"]}
-    assert list(lines) == ["weights for the rollout", "prefill", "rollout segment", "teacher scoring", "update"]
+    assert list(lines) == [
+        "weights for the rollout",
+        "prefill",
+        "prompts into slots",
+        "rollout segment",
+        "teacher scoring",
+        "update",
+    ]
     assert result["fits"]
     assert result["peak_bytes"] == max(line["total"] for line in lines.values() if line["needed"])
     specs = jax.tree.leaves(parameter_specs(STUDENT), is_leaf=lambda x: isinstance(x, Spec))
@@ -228,7 +235,7 @@ class Formula:
         total = size + self.weights // mesh["fsdp"] // mesh["tensor"]
         over = max(total - self.usable, 0)
         parts = {"cache": cache, "temp": total - cache}
-        return Line(program.name, parts, 0, 0, 0, 0, 0, total, over, 0.0, program.needed)
+        return Line(program.name, parts, 0, 0, 0, 0, 0, total, over, 0.0, 0.0, program.needed)
 
 
 def search(models: Path, compile: Formula, **changes: Any) -> Any:

@@ -35,6 +35,7 @@ STATE = ("master weights", "optimizer")
 OF_ROWS = ("teacher scoring", "update", "evaluation: measures")  # what passes of micro_batch rows go through
 SLOTS_OF = {  # the setting that gives the slots of a segment
     "prefill": "rollout.slots",
+    "prompts into slots": "rollout.slots",
     "rollout segment": "rollout.slots",
     "evaluation: segment": "evaluation.batch",
     "evaluation: teacher's segment": "evaluation.batch",
@@ -74,6 +75,7 @@ class Programs:
         self.shards = batch_shards(self.layout)
         self.micro_batch = rows_per_pass(config, self.shards)
         self._mesh = tuple(mesh.shape.values())
+        self._decoding = Layout(mesh, ROLLOUT)
         vocab = min(c.vocab_size for c in (student, teacher) if c)
         self.graphs: Graphs = make_graphs(config, mesh, student, teacher, stops=(vocab - 1,), vocab_size=vocab)
         self.state = self._state()
@@ -85,30 +87,35 @@ class Programs:
 
     def all(self, caches: tuple[int, ...] = ()) -> list[Program]:
         """The programs; ``caches``: also a segment for responses of that many tokens, apart from the run."""
-        settings, evaluation = self.config.rollout, self.config.evaluation
-        prompt, longest = self.config.data.max_prompt, settings.max_response
-        if self.config.kind == "sft":
-            return [self.update()]
-        found = [
-            self.cast("weights for the rollout", self.student, self.state.params),
-            self.prefill(),
-            self.segment("rollout segment", self.student, self.slots, prompt + longest),
-            self.score(),
-            self.update(),
-        ]
+        config, evaluation = self.config, self.config.evaluation
+        prompt, longest = config.data.max_prompt, config.rollout.max_response
+        if self.teacher is None:
+            found = [self.update()]
+            if evaluation.data:
+                found.insert(0, self.cast("weights for the evaluation", self.student, self.state.params))
+        else:
+            found = [
+                self.cast("weights for the rollout", self.student, self.state.params),
+                self.prefill(),
+                self.place(),
+                self.segment("rollout segment", self.student, self.slots, prompt + longest),
+                self.score(),
+                self.update(),
+            ]
         if evaluation.data:
-            assert self.teacher
             length = evaluation.data.max_prompt + (evaluation.max_response or longest)
             rows = self.evaluation_rows()
-            found += [
-                self.segment("evaluation: segment", self.student, rows, length),
-                self.measure(rows),
-                self.cast("evaluation: teacher's weights", self.teacher, self.weights),
-                self.segment("evaluation: teacher's segment", self.teacher, rows, length),
-            ]
+            found.append(self.segment("evaluation: segment", self.student, rows, length))
+            if self.teacher:
+                found += [
+                    self.measure(rows),
+                    self.cast("evaluation: teacher's weights", self.teacher, self.weights),
+                    self.segment("evaluation: teacher's segment", self.teacher, rows, length),
+                ]
         return found + [
             self.segment(f"segment, responses of {n:,}", self.student, self.slots, prompt + n, needed=False)
             for n in caches
+            if self.teacher
         ]
 
     def evaluation_rows(self) -> int:
@@ -123,23 +130,46 @@ class Programs:
         return Program(name, lambda: self.graphs.engine(network).cast.lower(params), arguments, resident, self._mesh)
 
     def prefill(self) -> Program:
-        engine = self.graphs.engine(self.student)
-        ways = self.shards
-        # as the scheduler's first one: prompts of a shard without their repeats, in powers of four
-        prompts = -(-self.slots // ways // self.config.rollout.samples)
-        rows = ways * min(next(4**i for i in range(20) if 4**i >= prompts), self.slots // ways)
-        width = min(bucket(self.config.data.max_prompt, 16), self.config.data.max_prompt)
-        weights, slots = self._decode_weights(self.student), self._slots(engine, self.slots, self._columns())
-        whole = self.layout.sharding()
-        tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=whole)
-        lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+        engine, weights, slots = self._filling()
+        tokens, lengths = self._prompts()
         return Program(
             "prefill",
             lambda: engine.prefill.lower(weights, tokens, lengths),
             {"decode weights": per_chip(weights)},
             self.always | {"cache": per_chip(slots.cache)},
-            (self._mesh, self.slots),
+            (self._mesh, self.slots, self.slots < self.rows),
         )
+
+    def place(self) -> Program:
+        engine, weights, slots = self._filling()
+        tokens, lengths = self._prompts()
+        hidden, cache = jax.eval_shape(engine.prefill, weights, tokens, lengths)
+        hidden, cache = jax.tree.map(
+            lambda x: self._shaped(x.shape, x.dtype, _row_axes(x), self._decoding), (hidden, cache)
+        )
+        source, ids = (self._shaped((self.slots,), dtype, ()) for dtype in (jnp.int32, jnp.uint32))
+        return Program(
+            "prompts into slots",
+            lambda: engine.place.lower(slots, hidden, cache, lengths, source, (0, 0, ids, ids)),
+            {"cache": per_chip(slots.cache), "prompts": per_chip((hidden, cache))},
+            self.always | {"decode weights": per_chip(weights)},
+            (self._mesh, self.slots, self.slots < self.rows),
+        )
+
+    def _filling(self) -> tuple[Engine, Params, Any]:
+        """Engine, weights and slots when prompts enter; with refills, the cache then is as wide as it ever is."""
+        engine = self.graphs.engine(self.student)
+        first = bucket(self.config.data.max_prompt + min(SEGMENT, self.config.rollout.max_response))
+        columns = self._columns() if self.slots < self.rows else min(first, self._columns())
+        return engine, self._decode_weights(self.student), self._slots(engine, self.slots, columns)
+
+    def _prompts(self) -> tuple[Any, Any]:
+        # as in the scheduler's first prefill: prompts of a shard without their repeats, in powers of four
+        of_shard = self.slots // self.shards
+        prompts = -(-of_shard // self.config.rollout.samples)
+        rows = self.shards * min(next(4**i for i in range(20) if 4**i >= prompts), of_shard)
+        width = min(bucket(self.config.data.max_prompt, 16), self.config.data.max_prompt)
+        return self._shaped((rows, width), jnp.int32, ()), self._shaped((rows,), jnp.int32, ())
 
     def segment(self, name: str, network: DecoderConfig, slots: int, length: int, *, needed: bool = True) -> Program:
         """A segment of decoding at the widest cache that ``length`` columns of prompt and response need."""
@@ -223,20 +253,18 @@ class Programs:
         )
 
     def _decode_weights(self, network: DecoderConfig) -> Params:
-        layout, specs, layer = Layout(self.layout.mesh, ROLLOUT), parameter_specs(network), layer_specs(network)
+        specs, layer = parameter_specs(network), layer_specs(network)
         dtype = jnp.dtype(self.config.dtype)
 
         def shaped(spec: Any) -> Any:
-            return self._shaped(spec.shape, dtype, spec.axes, layout)
+            return self._shaped(spec.shape, dtype, spec.axes, self._decoding)
 
         one = {name: shaped(spec) for name, spec in layer.items()}
         return {n: shaped(s) for n, s in specs.items() if n != "layers"} | {"layers": [one] * network.layers}
 
     def _slots(self, engine: Engine, slots: int, columns: int) -> Any:
-        layout = Layout(self.layout.mesh, ROLLOUT)
-        axes: dict[int, Axes] = {0: (), 4: ("batch", "kv_heads", None, None)}
         state = jax.eval_shape(lambda: engine.empty(slots, columns))
-        return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, axes.get(x.ndim, ("batch",)), layout), state)
+        return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, _row_axes(x), self._decoding), state)
 
     def _sequences(self, rows: int, longest: int | None = None) -> Sequences:
         k = None if self.config.kind == "sft" else self.config.objective.k
@@ -248,6 +276,11 @@ class Programs:
         assert self.teacher
         shape = (*sequences.tokens.shape, self.teacher.width)
         return self._shaped(shape, jnp.dtype(self.config.dtype), ("batch",))
+
+
+def _row_axes(x: Any) -> Axes:
+    """Of the arrays of decoding: a cache [B, K, S, H], a scalar, or rows."""
+    return {0: (), 4: ("batch", "kv_heads", None, None)}.get(x.ndim, ("batch",))
 
 
 def per_chip(tree: Any) -> int:

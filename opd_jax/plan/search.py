@@ -18,6 +18,7 @@ from opd_jax.plan.programs import OF_ROWS, SLOTS_OF, Programs
 Build = Callable[[Config], Programs]
 Compile = Callable[[Programs, list[str] | None], list[Line]]
 
+_TRIES = 3  # of slots in a mesh: with refills prompts enter beside a whole cache
 _MARGIN = 0.97  # of what is free: the compiler does not shrink its scratch space with the rows
 
 
@@ -59,10 +60,15 @@ def nearest(config: Config, build: Build, compile: Compile, usable: int, devices
         settings = _fit(config, mesh, programs, build, compile, usable)
         if settings is None:
             continue
-        final = changed(config, settings)
-        lines = compile(build(final), None)
-        if all(line.fits for line in lines if line.needed):
-            return Found([f"{k}={v}" for k, v in settings.items()], lines, final)
+        for _ in range(_TRIES):
+            final = changed(config, settings)
+            lines = compile(build(final), None)
+            if all(line.fits for line in lines if line.needed):
+                return Found([f"{k}={v}" for k, v in settings.items()], lines, final)
+            fewer = _fewer_slots(lines, build(final), usable)
+            if not fewer:
+                break
+            settings |= fewer
     return None
 
 
@@ -99,13 +105,20 @@ def _fit(
         if found is None:
             return None
         settings = found
-    for line in lines.values():
+    fewer = _fewer_slots(list(lines.values()), programs, usable)
+    return None if fewer is None else settings | fewer
+
+
+def _fewer_slots(lines: list[Line], programs: Programs, usable: int) -> dict[str, Any] | None:
+    """Slots and evaluation batch with which the caches fit, by the size of a slot; None: not one a shard does."""
+    settings: dict[str, Any] = {}
+    for line in lines:
         key = SLOTS_OF.get(line.name)
-        if line.fits or not line.needed or key is None:
+        if line.fits or key is None:
             continue
-        slots = slots_that_fit(line, programs.slots if key == "rollout.slots" else programs.evaluation_rows(), usable)
-        slots = slots // programs.shards * programs.shards
-        if not slots:
+        now = programs.slots if key == "rollout.slots" else programs.evaluation_rows()
+        slots = min(slots_that_fit(line, now, usable), now - programs.shards) // programs.shards * programs.shards
+        if slots <= 0:
             return None
         settings[key] = min(slots, settings.get(key, slots))
     return settings
