@@ -372,8 +372,10 @@ def test_what_a_scheduler_says(environment: dict[str, str], want: dict[str, Any]
 
 def test_what_jax_says_of_lost_processes() -> None:
     native = hosts._Native()
-    native.started, native.progress = (2, 8), lambda: "the last checkpoint is step 4"
     fatal = "JAX distributed service detected fatal errors. absl::Status: UNAVAILABLE: "
+    native.started = (2, 8)
+    assert native._verdict(fatal) == ("a process of 8 was lost; start all processes again", 1)  # nothing to resume yet
+    native.progress = lambda: "the last checkpoint is step 4"
     end = " of 8 was lost; the last checkpoint is step 4; start all processes again with --resume"
     silent = "The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\nThe tasks have crashed."
     assert native._verdict(fatal + silent) == ("process 1 and 3" + end, 1)
@@ -381,3 +383,16 @@ def test_what_jax_says_of_lost_processes() -> None:
     assert native._verdict(fatal + leader) == ("process 0" + end, 1)
     assert native._verdict(fatal + "some later wording") == ("a process" + end, 1)
     assert native._verdict("Check failed: a GPU") == ("", 1)  # not about processes: said as it is
+
+
+def test_what_differs_between_hosts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(mine: np.ndarray) -> np.ndarray:
+        return np.array([mine, mine, mine ^ others])
+
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    others = np.uint32(0)
+    hosts.check_same("data.source=p.jsonl", "a")
+    others = np.uint32(1)
+    with pytest.raises(InputError, match=r"data\.source=p\.jsonl: not the same on process 2 as on process 0"):
+        hosts.check_same("data.source=p.jsonl", "a")

@@ -40,6 +40,9 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     with hosts.refused_together():
         setup = prepare(config)
         evaluator = Evaluator(setup) if config.evaluation.data else None
+    hosts.check_same("configuration", dump_config(config))
+    hosts.check_same(f"data.source={config.data.source}", repr(setup.records))
+    with hosts.refused_together():
         run = open_run(config.run_dir, dump_config(config), resume)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     hosts.on_loss(checkpoints.last_whole)
