@@ -27,7 +27,7 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.run_dir import read_rows
 
 OPD = str(Path(sys.executable).with_name("opd"))
-COMMANDS = ("demo", "train", "eval", "generate", "import", "export", "report")
+COMMANDS = ("demo", "train", "eval", "generate", "import", "export", "plan", "report")
 
 
 def tiny_model(path: Path, task: str = "products-5x2", **changes: Any) -> Path:
