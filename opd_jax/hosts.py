@@ -253,7 +253,7 @@ class _Native:
     _OF_PEERS = re.compile(rb"[WEF]\d{4} .*(coordination_service|preemption_sync|add_port|client\.h)")
 
     def __init__(self) -> None:
-        self.progress: Callable[[], str] = lambda: ""
+        self.progress: Callable[[], str] | None = None
         self.started: tuple[int, int] | None = None
         self._how: Mapping[str, Any] = {}
         self._held: list[bytes] = []
@@ -315,14 +315,16 @@ class _Native:
         lost = re.search(r"stopped sending heartbeats\):\s*([\d,\s]+)", text)
         names = re.findall(r"\d+", lost[1]) if lost else ["0"] if "leader task" in text else []
         which = f"process {' and '.join(dict.fromkeys(names))}" if names else "a process"
-        return f"{which} of {self.started[1]} was lost; {self._saved()}start all processes again with --resume", 1
+        return f"{which} of {self.started[1]} was lost; {self._advice()}", 1
 
-    def _saved(self) -> str:
+    def _advice(self) -> str:
+        if self.progress is None:  # the run directory is not made yet
+            return "start all processes again"
         found: list[str] = []
-        look = threading.Thread(target=lambda: found.append(self.progress()), daemon=True)
+        look = threading.Thread(target=lambda say: found.append(say()), args=(self.progress,), daemon=True)
         look.start()
         look.join(10)  # the store may be what was lost
-        return f"{found[0]}; " if found and found[0] else ""
+        return (f"{found[0]}; " if found else "") + "start all processes again with --resume"
 
 
 native = _Native()
