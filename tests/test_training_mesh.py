@@ -71,7 +71,7 @@ def steps_on(setup: Setup, rollouts: list[Any]) -> tuple[list[Any], list[float],
             frozen=frozen,
             layout=setup.layout,
             micro_batch=rows_per_pass(setup.config, batch_shards(setup.layout)),
-        )  # fmt: skip
+        )
     )
     assert setup.graphs.score
     assert setup.teacher
