@@ -231,7 +231,7 @@ def _explained(how: Mapping[str, Any]) -> str:
         if index:
             return (
                 f"Process {index} of {count} got no answer from the coordinator at {address} ({e}). Start process 0 "
-                "there, mend --coordinator, or let the port through."
+                f"there, mend --coordinator, or let the port through; or it has given up on fewer than {count} processes."
             )
     return (
         f"Fewer than {count} processes came within {START_SECONDS} s, or two had the same --process-id. Start one for "
@@ -302,8 +302,8 @@ class _Native:
             return  # abort() goes on
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
-        if self.started and self.started[0] == 0:
-            time.sleep(3)  # process 0 has told the others who is lost; once it is gone, they would name it
+        if (self.started[0] if self.started else self._how.get("process_id")) == 0:
+            time.sleep(3)  # process 0 has told the others what is wrong; once it is gone, they would name it
         os._exit(code)
 
     def _verdict(self, text: str) -> tuple[str, int]:
