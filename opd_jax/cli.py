@@ -275,7 +275,7 @@ def main() -> None:
     """Entry point: runs the command and turns a user's mistake into one message and exit code 2."""
     from typer._click.exceptions import ClickException
 
-    from opd_jax.errors import InputError, Interrupted
+    from opd_jax.errors import Failed, InputError, Interrupted
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which it is on purpose
@@ -289,6 +289,8 @@ def main() -> None:
     except ClickException as e:
         e.show()
         sys.exit(2)
+    except Failed as e:
+        _fail(str(e), 1)
     except Interrupted as e:
         _fail(str(e), 3)
 

@@ -85,14 +85,37 @@ class Data(Strict):
     limit: PositiveInt | None = None  # use the first n rows only
 
 
+class Length(Strict):
+    """A number of tokens that goes linearly from ``start`` at step 1 to ``end`` at step ``steps``, and stays."""
+
+    start: PositiveInt
+    end: PositiveInt | None = None  # None: rollout.max_response
+    steps: PositiveInt
+
+    def at(self, step: int, longest: int) -> int:
+        """Tokens at a step (counted from 1), at most ``longest``."""
+        end = longest if self.end is None else self.end
+        done = min((step - 1) / max(self.steps - 1, 1), 1.0)
+        return min(round(self.start + (end - self.start) * done), longest)
+
+
 class Rollout(Strict):
     prompts: PositiveInt = 64  # per step
     samples: PositiveInt = 4  # responses per prompt
     max_response: PositiveInt = 7168  # tokens
+    length: Length | None = None  # of the longest response, as a schedule below max_response; None: max_response
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Fraction = 1.0
     top_k: NonNegativeInt = 0  # 0: off
     slots: PositiveInt | None = None  # rows decoded together; fewer than prompts × samples: refilled as they finish
+
+
+class Positions(Strict):
+    """Weights of response positions t = 0, 1, …: discount^t where skip ≤ t < horizon, else 0. Metrics see them all."""
+
+    horizon: Length | None = None  # None: the whole response
+    discount: Fraction = 1.0
+    skip: NonNegativeInt = 0  # tokens
 
 
 class Optimizer(Strict):
@@ -153,6 +176,7 @@ class Config(Strict):
     objective: Objective = Objective()
     data: Data
     rollout: Rollout = Rollout()
+    positions: Positions = Positions()
     optimizer: Optimizer = Optimizer()
     mesh: MeshSizes = MeshSizes()
     evaluation: Evaluation = Evaluation()
@@ -160,6 +184,9 @@ class Config(Strict):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are always float32
     pack: bool = True  # several sequences a row, rather than one padded to the longest possible
     micro_batch: PositiveInt | None = None  # rows per pass; None: an eighth of them if packed, else all at once
+    updates: PositiveInt = 1  # optimizer steps on each batch of rollouts, each on its own part of the rows
+    max_skipped: PositiveInt = 5  # steps in a row whose loss or gradient is not finite, until the run ends
+    alarm: Literal["off", "warn", "stop"] = "warn"  # what a collapse does, see training/alarm.py
     remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass recomputes, see models.forward
     metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
@@ -170,17 +197,38 @@ class Config(Strict):
             raise ValueError("kind=opd needs teacher.path (a Hugging Face directory); for imitation set kind=sft")
         if self.kind == "sft" and self.data.response is None:
             raise ValueError("kind=sft needs data.response, the column with the text to imitate")
+        if self.kind == "sft" and self.positions != Positions():
+            raise ValueError("kind=sft takes no positions: all tokens of a response weigh the same; leave it out")
         if self.kind == "opd" and self.objective.correction != "none" and self.objective.name != "sampled":
             raise ValueError(
                 f"objective.correction={self.objective.correction} weights a policy gradient, which objective.name="
                 f"{self.objective.name} has none of; set objective.name=sampled or objective.correction=none"
             )
-        rows = self.rollout.prompts * self.rollout.samples
+        if self.updates > 1 and (self.kind == "sft" or self._uncorrected()):
+            raise ValueError(
+                f"updates={self.updates} with kind={self.kind}, objective.name={self.objective.name}, "
+                f"objective.correction={self.objective.correction}: several updates need rollouts (kind=opd), and a "
+                "policy gradient a correction for those of an older policy; set objective.correction=tis, or updates=1"
+            )
+        rows = self.rollout.prompts * self.rollout.samples // self.updates
+        if self.rollout.prompts * self.rollout.samples % self.updates:
+            raise ValueError(
+                f"updates={self.updates} does not divide rollout.prompts × rollout.samples = "
+                f"{self.rollout.prompts * self.rollout.samples}"
+            )
         if self.micro_batch is not None and rows % self.micro_batch:
             raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide rollout.prompts × rollout.samples = {rows}"
+                f"micro_batch={self.micro_batch} does not divide rollout.prompts × rollout.samples / updates = {rows}"
             )
         return self
+
+    def _uncorrected(self) -> bool:
+        return self.objective.name == "sampled" and self.objective.correction == "none"
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one update."""
+        return self.rollout.prompts * self.rollout.samples // self.updates
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -64,6 +64,7 @@ class Sequences:
     depth: Array  # [M, T] int32, position in the response of the target; -1: the target is no response token
     logp: Array | None  # [M, T] float32, behaviour log-probability of the target (nats); None: a corpus
     topk_ids: Array | None  # [M, T, k] int32, the behaviour policy's most probable ids; None: a corpus
+    weight: Array | None  # [M, T] float32, of the position in the loss; None: all alike
     max_response: int = flax.struct.field(pytree_node=False)  # tokens; depths are below
 
     @property

@@ -44,6 +44,7 @@ def opd_loss(
         behaviour_logp=rows.logp if objective.correction != "none" else None,
         metrics=metrics,
         metric_k=objective.k,
+        weights=rows.weight,
         depth=rows.depth,
         steps=rows.max_response,
         layout=layout,

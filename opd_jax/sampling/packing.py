@@ -27,7 +27,7 @@ def sequence_shapes(rows: int, max_prompt: int, max_response: int, k: int | None
         return jax.ShapeDtypeStruct((rows, max_prompt + max_response, *more), dtype)
 
     logp, topk_ids = (None, None) if k is None else (shape(np.float32), shape(np.int32, k))
-    arrays: Any = (*[shape(np.int32)] * 5, logp, topk_ids)
+    arrays: Any = (*[shape(np.int32)] * 5, logp, topk_ids, None)
     return Sequences(*arrays, max_response=max_response)
 
 
@@ -50,6 +50,17 @@ def pack(rollouts: Rollouts, *, separate: bool = False, multiple: int = 1, layou
         return prompt_tokens[i, P - prompt_lengths[i] :], tokens[i, : lengths[i]]
 
     return _fill(shapes, prompt_lengths, lengths, text, behaviour, separate, multiple, layout)
+
+
+def split(rollouts: Rollouts, parts: int, layout: Layout | None = None) -> list[Rollouts]:
+    """The rows in ``parts`` batches; every batch shard gives its share to each, so rows stay with their process."""
+    blocks = np.arange(len(rollouts.lengths)).reshape(batch_shards(layout), parts, -1)
+    picked = (blocks[:, part].reshape(-1) for part in range(parts))
+    return (
+        [jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], rollouts) for rows in picked]
+        if parts > 1
+        else [rollouts]
+    )
 
 
 def pack_texts(

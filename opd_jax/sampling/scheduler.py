@@ -71,11 +71,16 @@ def generate(
     *,
     slots: int,
     max_response: int,
+    limit: int | None = None,
     occupancy: Occupancy | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Yields (index of the request, response) as they finish; ``weights`` are ``engine.cast(params)``.
 
     What is sampled depends on (seed, step, id, sample, position) alone, not on slots, order or neighbours.
+
+    Args:
+        max_response: tokens that a slot must have room for; longer responses are cut.
+        limit: cuts them earlier, without compiling anything.
 
     Raises:
         InputError: no slots, more shards than slots, or an empty prompt.
@@ -90,7 +95,8 @@ def generate(
             raise InputError(f"prompt {request.id}: has no tokens. Leave it out, or give a template that adds some.")
     if not requests:
         return
-    host = _Host(engine, requests, slots, shards, max_response)
+    limit = min(limit or max_response, max_response)
+    host = _Host(engine, requests, slots, shards, max_response, limit)
     state = host.start()
     while True:
         state = host.fill(state, weights, seed, step)
@@ -99,7 +105,7 @@ def generate(
         steps, waiting = host.steps(), host.waiting()
         state = host.make_room(state, steps)
         patience = max(1, len(host.owner) // 8) if waiting else len(host.owner) + 1
-        state, emitted, flags = engine.segment(weights, state, law, max_response, steps, patience)
+        state, emitted, flags = engine.segment(weights, state, law, limit, steps, patience)
         flags = jax.device_get(flags)
         if occupancy:
             occupancy.add(int(flags.count.sum()), int(flags.steps) * len(host.owner), waiting)
@@ -109,8 +115,11 @@ def generate(
 class _Host:
     """What the host knows: who owns which slot, where each started, and the tokens that it has fetched."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], slots: int, shards: int, max_response: int):
-        self.engine, self.requests, self.shards, self.max_response = engine, requests, shards, max_response
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], slots: int, shards: int, max_response: int, limit: int
+    ):
+        self.engine, self.requests, self.shards = engine, requests, shards
+        self.max_response, self.limit = max_response, limit
         # Shards that the same processes hold share a queue, so that rows end where their prompts came from.
         holders = _holders(engine.layout, shards)
         queues: dict[frozenset[int], deque[int]] = {held: deque() for held in holders}
@@ -180,7 +189,7 @@ class _Host:
 
     def steps(self) -> int:
         """Tokens that the next segment may make: no slot needs more."""
-        return min(SEGMENT, int((self.max_response - self.position[self.live]).max()))
+        return min(SEGMENT, int((self.limit - self.position[self.live]).max()))
 
     def make_room(self, state: Slots, steps: int) -> Slots:
         """Moves the live part of the cache to the left, and into wider or narrower arrays, as the segment needs."""
@@ -233,11 +242,9 @@ class _Host:
             yield index, Response(*arrays, stopped=bool(flags.stopped[slot]), length=int(self.position[slot]))
 
 
-def make_rollout(
-    engine: Engine, *, max_response: int, slots: int | None = None
-) -> Callable[[Params, Prompts, Law, int, int], Rollouts]:
-    """Builds ``rollout(weights, prompts, law, seed, step) → Rollouts`` for training: rows in, the same rows out, as
-    NumPy arrays on the host. Of several processes each gets the tokens of its own rows, and all lengths.
+def make_rollout(engine: Engine, *, max_response: int, slots: int | None = None) -> Callable[..., Rollouts]:
+    """Builds ``rollout(weights, prompts, law, seed, step, limit=None) → Rollouts`` for training: rows in, the same rows
+    out, as NumPy arrays on the host. Of several processes each gets the tokens of its own rows, and all lengths.
 
     ``weights`` are ``engine.cast(params)``: cast and resharded once, for as many calls as they serve.
 
@@ -246,7 +253,9 @@ def make_rollout(
         slots: rows decoded together; None: all rows of the prompts.
     """
 
-    def rollout(weights: Params, prompts: Prompts, law: Law, seed: int, step: int) -> Rollouts:
+    def rollout(
+        weights: Params, prompts: Prompts, law: Law, seed: int, step: int, limit: int | None = None
+    ) -> Rollouts:
         host: Prompts = hosts.fetch(prompts)
         B, R = len(host.lengths), max_response
         rows = zip(host.tokens, host.lengths, host.ids, host.samples, strict=True)
@@ -256,7 +265,9 @@ def make_rollout(
         topk_ids = np.zeros((B, R, engine.support), np.int32)
         topk_logp = np.zeros(topk_ids.shape, engine.float_dtype)
         arrays = (tokens, logp, entropy, topk_ids, topk_logp)
-        made = generate(engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R)
+        made = generate(
+            engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R, limit=limit
+        )
         for row, response in made:
             lengths[row], stopped[row] = response.length, response.stopped
             made_here = len(response.tokens)

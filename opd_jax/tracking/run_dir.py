@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 from etils import epath
 
@@ -62,6 +63,11 @@ class RunDir:
     @property
     def checkpoints(self) -> epath.Path:
         return self.root / "checkpoints"
+
+    @property
+    def skipped(self) -> epath.Path:
+        """Rows of updates whose loss or gradient was not finite, as .npz."""
+        return self.root / "skipped"
 
     @property
     def report(self) -> epath.Path:
@@ -116,6 +122,14 @@ def existing_run(path: epath.PathLike) -> RunDir:
     if not run.config.exists():
         raise InputError(f"{run.root}: no run here (no config.yaml). Give the run_dir of a run.")
     return run
+
+
+def keep_rows(directory: epath.Path, name: str, rows: Any) -> None:
+    """The arrays of a pytree with named fields, as ``directory/name.npz``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {field: np.asarray(x) for field, x in vars(rows).items() if hasattr(x, "shape")}
+    with (directory / f"{name}.npz").open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def read_rows(path: epath.Path) -> list[Row]:

@@ -33,15 +33,20 @@ def _late_entropy(row: Row) -> float:
     return float(np.mean(bins[-max(1, len(bins) // 3) :])) if bins else math.nan
 
 
+def _value(name: str) -> Callable[[Row], float]:
+    """NaN where a row has no number: in a file, what was not finite is null."""
+    return lambda row: math.nan if row.get(name) is None else row[name]
+
+
 def _log_norm(row: Row) -> float:
-    norm = row.get("gradient_norm", math.nan)
+    norm = _value("gradient_norm")(row)
     return math.log(norm) if norm > 0 else math.nan
 
 
 SIGNALS = (
     Signal("late-position entropy", _late_entropy, 0, 0.5),
-    Signal("overlap with the teacher", lambda row: row.get("overlap_ratio", math.nan), -1, 0.1),
-    Signal("truncated responses", lambda row: row.get("truncation_rate", math.nan), 1, 0.2),
+    Signal("overlap with the teacher", _value("overlap_ratio"), -1, 0.1),
+    Signal("truncated responses", _value("truncation_rate"), 1, 0.2),
     Signal(GRADIENT, _log_norm, 1, math.log(4)),
 )
 

@@ -59,7 +59,7 @@ def make_graphs(
         InputError: a weight that does not divide over the mesh.
     """
     layout, dtype = Layout(mesh), jnp.dtype(config.dtype)
-    optimizer, schedule = make_optimizer(config.optimizer, config.steps)
+    optimizer, schedule = make_optimizer(config.optimizer, config.steps * config.updates)
     shardings = state_shardings(optimizer, student, layout)
     micro_batch = rows_per_pass(config, batch_shards(layout))
     packing: Any = {"separate": not config.pack, "multiple": micro_batch, "layout": layout}
@@ -102,7 +102,7 @@ def make_graphs(
 
 def rows_per_pass(config: Config, shards: int) -> int:
     """``micro_batch``; by default an eighth of the rows where they are packed, or empty rows could not be left out."""
-    rows = config.rollout.prompts * config.rollout.samples
+    rows = config.rows
     if config.micro_batch or not config.pack:
         return config.micro_batch or rows
     per_shard = rows // shards

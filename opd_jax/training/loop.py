@@ -13,17 +13,22 @@ import numpy as np
 from opd_jax import hosts
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.config import Config, dump_config
-from opd_jax.errors import Interrupted
+from opd_jax.errors import Failed, Interrupted
+from opd_jax.sampling.packing import split
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
-from opd_jax.tracking.run_dir import open_run, read_rows
+from opd_jax.tracking.run_dir import RunDir, keep_rows, open_run, read_rows
 from opd_jax.tracking.writers import MetricWriter
+from opd_jax.training.alarm import LEVEL, RECENT, collapse
 from opd_jax.training.evaluate import Evaluator
 from opd_jax.training.setup import Setup, prepare, rollout_law
 from opd_jax.training.state import TrainState
-from opd_jax.types import Metrics
+from opd_jax.types import Metrics, Sequences
+
+HISTORY = 2 * (LEVEL + RECENT)  # measured steps that the alarm looks back on
 
 Row = dict[str, Any]
+StepResult = tuple[TrainState, Row, list[Sequences]]  # … and the rows of updates that were skipped
 
 
 @hosts.together()
@@ -46,12 +51,12 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
         run = open_run(config.run_dir, dump_config(config), resume)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
     hosts.on_loss(checkpoints.last_whole)
-    state, done = setup.state, 0
+    state, position, done = setup.state, {}, 0
     restored = checkpoints.restore(abstract(state, setup.graphs.shardings)) if resume else None
     if restored:
         jax.tree.map(lambda x: x.delete(), setup.state)  # or two states would live as long as the run
         state, position = restored
-        done = int(state.step)
+        done = int(state.step) // config.updates
         setup.batches.set_state(position["data"])
     if resume:
         run.truncate_after(done if restored else -1)
@@ -60,11 +65,16 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     step_fn = _opd_step if config.kind == "opd" else _sft_step
     with MetricWriter(run, done if restored else None) as writer:
         _evaluate_start(setup, evaluator, writer, state, fresh=not restored)
+        watch = _Watch(config, run, position.get("skipped_in_a_row", 0))
         with console.progress(config.steps, title or config.kind, start=done) as bar:
             for step in range(done + 1, config.steps + 1):
-                state, row = step_fn(setup, state, step)
+                state, row, skipped = step_fn(setup, state, step)
+                row = watch(step, row, skipped)
                 writer.write(step, row)
                 bar.update(step, row)
+                if watch.failure:
+                    checkpoints.close()
+                    raise Failed(watch.failure)
                 if config.pack and step == done + 1:
                     saved = (
                         f"padding: {row['padding']:.0%} of the tokens computed, {row['padding_unpacked']:.0%} unpacked"
@@ -75,7 +85,9 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                     _evaluate(evaluator, writer, state, step)
                 # last of all: what was logged up to here belongs to this checkpoint
                 if last or stopping or step % config.checkpoint.every == 0:
-                    checkpoints.save(step, state, {"data": setup.batches.get_state()})
+                    checkpoints.save(
+                        step, state, {"data": setup.batches.get_state(), "skipped_in_a_row": watch.skipped_in_a_row}
+                    )
                 if stopping and not last:
                     checkpoints.close()
                     raise Interrupted(f"stopped after step {step} of {config.steps}; continue with --resume")
@@ -87,7 +99,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     return read_rows(run.evaluations)
 
 
-def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, Row]:
+def _opd_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     graphs = setup.graphs
     assert setup.teacher
     assert graphs.score
@@ -95,33 +107,54 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, R
     prompts = next(setup.batches)
     weights = clock("reshard", graphs.engine(setup.student).cast(state.params))
     law, seed = rollout_law(setup.config), setup.config.seed
-    host = clock("rollout", setup.rollout(weights, prompts, law, seed, step))
+    limit = setup.config.rollout.length and setup.config.rollout.length.at(step, setup.config.rollout.max_response)
+    host = clock("rollout", setup.rollout(weights, prompts, law, seed, step, limit))
     del weights
-    rows = setup.layout.put_rows(clock("pack", graphs.pack(host)))
-    scores = clock("score", graphs.score(setup.teacher.params, rows))
     update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
-    state, metrics = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
-    row = means(hosts.fetch(metrics)) | {
-        "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / rows.tokens.shape[1],
+    metrics, skipped = [], []
+    for part in split(host, setup.config.updates, setup.layout):
+        packed = clock("pack", weighted(graphs.pack(part), setup.config, step))
+        rows = setup.layout.put_rows(packed)
+        scores = clock("score", graphs.score(setup.teacher.params, rows))
+        before = int(state.skipped)
+        state, measured = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
+        metrics.append(hosts.fetch(measured))
+        if int(state.skipped) > before:
+            skipped.append(packed)
+    row = means(jax.tree.map(lambda *x: sum(x), *metrics)) | {
+        "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / packed.tokens.shape[1],
         "response_length": float(np.mean(host.lengths)),
         "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
         "tokens_per_second": float(np.sum(host.lengths)) / clock.total(),
     }
-    return state, row | _common(setup, state, step) | clock.row()
+    return state, row | _common(setup, state) | clock.row(), skipped
 
 
-def _sft_step(setup: Setup, state: TrainState, step: int) -> tuple[TrainState, Row]:
+def _sft_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     clock = _Clock()
     host = next(setup.batches)
-    rows = setup.layout.put_rows(setup.graphs.pack_texts(host))
-    state, metrics = clock("update", setup.graphs.update(state, rows))
+    packed = clock("pack", setup.graphs.pack_texts(host))
+    before = int(state.skipped)
+    state, metrics = clock("update", setup.graphs.update(state, setup.layout.put_rows(packed)))
     trained = float(sum(len(response) for _, response in host))
     used = float(np.mean([len(prompt) + len(response) - 1 for prompt, response in host]))
     row = means(hosts.fetch(metrics)) | {
-        "padding_unpacked": 1 - used / rows.tokens.shape[1],
+        "padding_unpacked": 1 - used / packed.tokens.shape[1],
         "tokens_per_second": trained / clock.total(),
     }
-    return state, row | _common(setup, state, step) | clock.row()
+    return state, row | _common(setup, state) | clock.row(), [packed] if int(state.skipped) > before else []
+
+
+def weighted(rows: Sequences, config: Config, step: int) -> Sequences:
+    """Rows with the weights of ``config.positions`` at a step; as they are where all positions weigh the same."""
+    p = config.positions
+    if p == type(p)():
+        return rows
+    longest = config.rollout.max_response
+    horizon = longest if p.horizon is None else p.horizon.at(step, longest)
+    depth = np.asarray(rows.depth)
+    weight = np.where((depth >= p.skip) & (depth < horizon), np.float32(p.discount) ** np.maximum(depth, 0), 0.0)
+    return rows.replace(weight=weight.astype(np.float32))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def means(metrics: Metrics) -> Row:
@@ -145,7 +178,8 @@ class _Clock:
     def __call__(self, stage: str, result: Any) -> Any:
         jax.block_until_ready(result)
         now = time.perf_counter()
-        self._stages[stage], self._since = now - self._since, now
+        self._stages[stage] = self._stages.get(stage, 0.0) + now - self._since
+        self._since = now
         return result
 
     def total(self) -> float:
@@ -155,8 +189,48 @@ class _Clock:
         return {f"time/{stage}": seconds for stage, seconds in self._stages.items()}
 
 
-def _common(setup: Setup, state: TrainState, step: int) -> Row:
-    return {"learning_rate": float(np.asarray(setup.graphs.schedule(step - 1))), "skipped": int(state.skipped)}
+def _common(setup: Setup, state: TrainState) -> Row:
+    rate = setup.graphs.schedule(int(state.step) - 1)
+    return {"learning_rate": float(np.asarray(rate)), "skipped": int(state.skipped)}
+
+
+class _Watch:
+    """Keeps the rows of skipped updates, tells of a collapse, and says when a run is to end (``failure``)."""
+
+    def __init__(self, config: Config, run: RunDir, skipped_in_a_row: int):
+        self._config, self._run = config, run
+        self._kept = HISTORY * config.metrics_every
+        self._history = read_rows(run.metrics)[-self._kept :]
+        self._quiet_until = 0
+        self.skipped_in_a_row = skipped_in_a_row
+        self.failure: str | None = None
+
+    def __call__(self, step: int, row: Row, skipped: list[Sequences]) -> Row:
+        """The row of a step with what is to be said of it."""
+        for i, rows in enumerate(skipped):
+            keep_rows(self._run.skipped, f"step{step}-update{i}-process{jax.process_index()}", rows)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            console.warn(
+                f"step {step}: loss or gradient not finite; update skipped, its rows are in {self._run.skipped}"
+            )
+        if self.skipped_in_a_row >= self._config.max_skipped:
+            self.failure = (
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to step {step}. The "
+                f"weights are as they were before; the rows are in {self._run.skipped}. Look at them; then start a new "
+                "run with a lower optimizer.lr or dtype=float32."
+            )
+        self._history = [*self._history, row][-self._kept :]
+        quiet = self._config.alarm == "off" or step < self._quiet_until
+        found = None if quiet else collapse(self._history)
+        if not found:
+            return row
+        self._quiet_until = step + LEVEL
+        text = f"step {step}: the run may be collapsing: {found}"
+        console.warn(text)
+        if self._config.alarm == "stop":
+            self.failure = f"{text}. No later checkpoint was written; shorten rollout.length or positions.horizon."
+        return row | {"alarm": found}
 
 
 def _evaluate_start(

@@ -65,9 +65,9 @@ def prepare(config: Config) -> Setup:
     """
     mesh = make_mesh(**config.mesh.model_dump())
     layout = Layout(mesh)
-    rows = config.rollout.prompts * config.rollout.samples
-    layout.check("rollout.prompts × rollout.samples", (rows,), ("batch",))
-    layout.check("rollout.slots", (config.rollout.slots or rows,), ("batch",))
+    rows, slots = config.rows, config.rollout.slots or config.rows * config.updates
+    layout.check("rollout.prompts × rollout.samples / updates", (rows,), ("batch",))
+    layout.check("rollout.slots", (slots,), ("batch",))
     layout.check("micro_batch", (config.micro_batch or rows,), ("batch",))
     tokenizer = load_tokenizer(config.student.path)
     vocab_size = valid_vocab_size(tokenizer)
@@ -117,7 +117,7 @@ def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
     max_prompt = config.data.max_prompt
     if config.kind == "sft":
         examples, records, overlong = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
-        return records, overlong, sft_batches(examples, config.rollout.prompts * config.rollout.samples, config.seed)
+        return records, overlong, sft_batches(examples, config.rows, config.seed)
     encoded, records, overlong = encode_prompts(records, tokenizer, config.data)
     batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, config.rollout.samples)
     return records, overlong, batches
