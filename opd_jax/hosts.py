@@ -231,7 +231,7 @@ def _explained(how: Mapping[str, Any]) -> str:
         if index:
             return (
                 f"Process {index} of {count} got no answer from the coordinator at {address} ({e}). Start process 0 "
-                f"there, mend --coordinator, or let the port through; or it has given up on fewer than {count} processes."
+                f"there, mend --coordinator, let the port through; or it has given up on fewer than {count} processes."
             )
     return (
         f"Fewer than {count} processes came within {START_SECONDS} s, or two had the same --process-id. Start one for "
