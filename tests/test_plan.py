@@ -385,7 +385,7 @@ def test_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
         return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree)
 
     state, teacher = filled(programs.state), filled(programs.weights)
-    rows = filled(programs._sequences(programs.rows))
+    rows = filled(programs._sequences(config.rows))
     rows = rows.replace(segments=rows.segments + 1, depth=rows.depth)
     scores = programs.graphs.score(teacher, rows)  # pyright: ignore[reportOptionalCall]
     jax.block_until_ready(programs.graphs.update(state, rows, scores.hidden, frozen=scores.head))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax.config import Config
+from opd_jax.config import Config, Positions
 from opd_jax.mesh import ROLLOUT, Axes, Layout
 from opd_jax.models.decoder import (
     DecoderConfig,
@@ -64,12 +64,12 @@ class Programs:
     def __init__(self, config: Config, mesh: Mesh, student: DecoderConfig, teacher: DecoderConfig | None):
         self.config, self.student, self.teacher = config, student, teacher
         self.layout = Layout(mesh)
-        self.rows = config.rollout.prompts * config.rollout.samples
+        self.rows = config.rollout.prompts * config.rollout.samples  # of a step; an update has config.rows
         self.slots = min(config.rollout.slots or self.rows, self.rows)
         for what, size in {
             "rollout.prompts × rollout.samples": self.rows,
             "rollout.slots": self.slots,
-            "micro_batch": config.micro_batch or self.rows,
+            "micro_batch": config.micro_batch or config.rows,
         }.items():
             self.layout.check(what, (size,), ("batch",))
         self.shards = batch_shards(self.layout)
@@ -184,7 +184,7 @@ class Programs:
     def score(self) -> Program:
         resident = {k: v for k, v in self.always.items() if k != "teacher"}
         score: Any = self.graphs.score
-        sequences = self._sequences(self.rows)
+        sequences = self._sequences(self.config.rows)
         return Program(
             "teacher scoring",
             lambda: jax.jit(lambda *x: score(*x).hidden).lower(self.weights, sequences),
@@ -194,7 +194,7 @@ class Programs:
         )
 
     def update(self) -> Program:
-        state, sequences = {k: self.always[k] for k in STATE}, self._sequences(self.rows)
+        state, sequences = {k: self.always[k] for k in STATE}, self._sequences(self.config.rows)
         depends_on = self._mesh, self.micro_batch, self.config.remat
         if self.teacher is None:
             parts = state | {"sequences": per_chip(sequences)}
@@ -270,6 +270,8 @@ class Programs:
         k = None if self.config.kind == "sft" else self.config.objective.k
         longest = longest or self.config.rollout.max_response
         shapes = sequence_shapes(rows, self.config.data.max_prompt, longest, k)
+        if self.config.positions != Positions():
+            shapes = dataclasses.replace(shapes, weight=shapes.logp)  # pyright: ignore[reportArgumentType]
         return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ("batch",)), shapes)
 
     def _hidden(self, sequences: Sequences) -> Any:

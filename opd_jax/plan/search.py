@@ -141,7 +141,7 @@ def _smaller_passes(
     usable: int,
 ) -> dict[str, Any] | None:
     """The largest micro_batch that fits, or the smallest with full remat."""
-    rows, least = programs.rows, programs.shards
+    rows, least = config.rows, programs.shards
     names = [name for name in OF_ROWS if name in lines]
 
     def worst(try_: dict[str, Any]) -> dict[str, Line]:
