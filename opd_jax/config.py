@@ -161,7 +161,9 @@ class Evaluation(Strict):
 
 class Checkpoint(Strict):
     every: PositiveInt = 50  # steps; the last step is always saved
-    keep: PositiveInt = 2
+    keep: PositiveInt = 2  # the last ones
+    # Keeps the best, too: every evaluated step is then saved. Least of the KLs, most of the others.
+    best: Literal["accuracy", "reverse_kl", "forward_kl", "forward_kl_teacher_rollouts", "overlap_ratio"] | None = None
 
 
 class Config(Strict):
@@ -203,6 +205,15 @@ class Config(Strict):
             raise ValueError(
                 f"objective.correction={self.objective.correction} weights a policy gradient, which objective.name="
                 f"{self.objective.name} has none of; set objective.name=sampled or objective.correction=none"
+            )
+        if self.checkpoint.best and not (self.evaluation.data and self.evaluation.every):
+            raise ValueError(
+                f"checkpoint.best={self.checkpoint.best} compares evaluations; set evaluation.data and evaluation.every"
+            )
+        if self.checkpoint.best not in (None, "accuracy") and self.teacher is None:
+            raise ValueError(
+                f"checkpoint.best={self.checkpoint.best} compares with a teacher, which kind=sft does not measure; set "
+                "checkpoint.best=accuracy"
             )
         if self.updates > 1 and (self.kind == "sft" or self._uncorrected()):
             raise ValueError(

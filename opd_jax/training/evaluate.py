@@ -11,6 +11,7 @@ import jax
 from opd_jax import hosts
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
+from opd_jax.errors import InputError
 from opd_jax.evaluation import heldout
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.scores import avg_at_k
@@ -40,6 +41,11 @@ class Evaluator:
         encoded, records = encoded[: settings.problems], records[: settings.problems]
         prompts = stack_prompts(encoded, range(len(encoded)), settings.data.max_prompt, settings.samples)
         problems, answers = [r.problem for r in records], [r.answer for r in records]
+        if setup.config.checkpoint.best == "accuracy" and None in answers:
+            raise InputError(
+                f"checkpoint.best=accuracy: {settings.data.source} has problems without an answer. Set "
+                "evaluation.data.answer=COLUMN, or checkpoint.best=reverse_kl."
+            )
         ways = setup.layout.mesh.shape["data"] * setup.layout.mesh.shape["fsdp"]
         rows = min(settings.batch, len(encoded) * settings.samples)
         self.panel = heldout.make_panel(prompts, problems, answers, -(-rows // ways) * ways)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from opd_jax import hosts
-from opd_jax.checkpoints.state import Checkpoints, abstract
+from opd_jax.checkpoints.state import Checkpoints, abstract, refused_writes
 from opd_jax.config import Config, dump_config
 from opd_jax.errors import Failed, Interrupted
 from opd_jax.sampling.packing import split
@@ -38,7 +38,8 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     Of several processes (``hosts.start``) all call it with the same arguments; process 0 writes and prints.
 
     Raises:
-        InputError: the configuration, its files or the run directory cannot be used; nothing has been changed.
+        InputError: the configuration, its files or the run directory cannot be used; nothing has been changed. Or a
+            full disk; the run can be resumed.
         Interrupted: ``stop`` was set, on any process; the state was saved first.
     """
     console.terminal.quiet |= jax.process_index() > 0
@@ -49,7 +50,9 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     hosts.check_same(f"data.source={config.data.source}", repr(setup.records))
     with hosts.refused_together():
         run = open_run(config.run_dir, dump_config(config), resume)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        run.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_rows(run.evaluations)
+    )
     hosts.on_loss(checkpoints.last_whole)
     state, position, done = setup.state, {}, 0
     restored = checkpoints.restore(abstract(state, setup.graphs.shardings)) if resume else None
@@ -63,12 +66,13 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     _announce(setup, done)
 
     step_fn = _opd_step if config.kind == "opd" else _sft_step
-    with MetricWriter(run, done if restored else None) as writer:
+    with refused_writes(run.root), MetricWriter(run, done if restored else None) as writer:
         _evaluate_start(setup, evaluator, writer, state, fresh=not restored)
         watch = _Watch(config, run, position.get("skipped_in_a_row", 0))
         with console.progress(config.steps, title or config.kind, start=done) as bar:
             for step in range(done + 1, config.steps + 1):
                 state, row, skipped = step_fn(setup, state, step)
+                checkpoints.check()
                 row = watch(step, row, skipped)
                 writer.write(step, row)
                 bar.update(step, row)
@@ -81,13 +85,14 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                     )
                     console.print(saved)
                 last, stopping = step == config.steps, hosts.agree(stop is not None and stop.is_set())
+                scores = None
                 if evaluator and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
-                    _evaluate(evaluator, writer, state, step)
+                    scores = _evaluate(evaluator, writer, state, step)
                 # last of all: what was logged up to here belongs to this checkpoint
-                if last or stopping or step % config.checkpoint.every == 0:
-                    checkpoints.save(
-                        step, state, {"data": setup.batches.get_state(), "skipped_in_a_row": watch.skipped_in_a_row}
-                    )
+                due = step % config.checkpoint.every == 0 or (config.checkpoint.best and scores is not None)
+                if last or stopping or due:
+                    position = {"data": setup.batches.get_state(), "skipped_in_a_row": watch.skipped_in_a_row}
+                    checkpoints.save(step, state, position, scores)
                 if stopping and not last:
                     checkpoints.close()
                     raise Interrupted(f"stopped after step {step} of {config.steps}; continue with --resume")
@@ -95,7 +100,8 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     if evaluator:
         evaluator.close()
     if jax.process_index() == 0:
-        write_report(run, run.report)
+        with refused_writes(run.root):
+            write_report(run, run.report)
     return read_rows(run.evaluations)
 
 
@@ -248,7 +254,7 @@ def _evaluate_start(
         _evaluate(evaluator, writer, state, 0)
 
 
-def _evaluate(evaluator: Evaluator, writer: MetricWriter, state: TrainState, step: int) -> None:
+def _evaluate(evaluator: Evaluator, writer: MetricWriter, state: TrainState, step: int) -> Row:
     row, samples = evaluator.student(state.params)
     writer.write_evaluation(step, row)
     writer.write_samples(step, samples)
@@ -256,6 +262,7 @@ def _evaluate(evaluator: Evaluator, writer: MetricWriter, state: TrainState, ste
     shown = {name: row[name] for name in names if name in row and math.isfinite(row[name])}
     if shown:
         console.table(f"held-out, step {step}", list(shown), [list(shown.values())])
+    return row
 
 
 def _announce(setup: Setup, done: int) -> None:
