@@ -218,16 +218,17 @@ def export(
     run: Annotated[str, typer.Argument(help="run directory, here or gs://…")],
     out: Annotated[str, typer.Argument(help="Hugging Face directory to write, here or gs://…")],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the weights as stored")] = "float32",
+    best: Annotated[bool, typer.Option("--best", help="the best checkpoint by the run's checkpoint.best")] = False,
     push: Annotated[str | None, typer.Option(help="also upload it into this repository of the Hub, USER/NAME")] = None,
     private: Annotated[bool, typer.Option("--private", help="--push: a new repository is private")] = False,
 ) -> None:
-    """Writes the student of a run's last checkpoint as a Hugging Face directory, with a model card."""
+    """Writes the student of a run's last (or best) checkpoint as a Hugging Face directory, with a model card."""
     from opd_jax.checkpoints.export import export_run
     from opd_jax.checkpoints.hub import check_push, push_model
     from opd_jax.tracking.console import console
 
     check_push(push, private, out)
-    step = export_run(run, out, dtype)
+    step = export_run(run, out, dtype, best)
     console.print(f"{out}: student of {run} after step {step}")
     if push is not None:
         console.print(push_model(Path(out), push, private=private))
@@ -285,7 +286,7 @@ def main() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which it is on purpose
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every option it sets
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every option it sets, and of what it raises
     _use_compilation_cache()
     try:
         if app(standalone_mode=False) == CTRL_C:
