@@ -18,6 +18,7 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31 - 1)]  # steps are counted in 
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31 - 1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+StepRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
 
 class Strict(pydantic.BaseModel):
@@ -192,11 +193,15 @@ class Config(Strict):
     remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass recomputes, see models.forward
     metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
+    profile: StepRange | None = None  # first and last step of a jax.profiler trace
+    wandb: str | None = None  # project at Weights & Biases that gets the numbers, too
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.kind == "opd" and self.teacher is None:
             raise ValueError("kind=opd needs teacher.path (a Hugging Face directory); for imitation set kind=sft")
+        if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
+            raise ValueError(f"profile={self.profile}: expected [first, last] with first ≤ last ≤ steps = {self.steps}")
         if self.kind == "sft" and self.data.response is None:
             raise ValueError("kind=sft needs data.response, the column with the text to imitate")
         if self.kind == "sft" and self.positions != Positions():

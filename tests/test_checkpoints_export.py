@@ -79,9 +79,9 @@ def test_transformers_loads_it(model: str, tmp_path: Path) -> None:
         tmp_path / "out", attn_implementation="eager"
     ).eval()
     tokens = np.random.default_rng(0).integers(0, small_models.VOCAB, (2, 48))
-    positions, segments = np.broadcast_to(np.arange(48), (2, 48)), np.ones((2, 48), np.int32)
+    inputs: Any = tokens, np.broadcast_to(np.arange(48), (2, 48)), np.ones((2, 48), np.int32)
     _, config = load_model(tmp_path / "out")
-    got = unembed(forward(trained, config, tokens, positions, segments), head(trained))
+    got = unembed(forward(trained, config, *inputs), head(trained))
     with torch.no_grad():
         expected = oracle(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)

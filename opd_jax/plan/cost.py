@@ -10,11 +10,11 @@ import dataclasses
 import math
 
 from opd_jax.config import Config
-from opd_jax.losses.fused import Plan
-from opd_jax.losses.vocabulary import Readout
-from opd_jax.models.decoder import DecoderConfig, Spec, layer_specs, parameter_specs
+from opd_jax.models.decoder import DecoderConfig
+from opd_jax.models.flops import forward_flops, weight_count
 from opd_jax.plan.topology import Chip
 from opd_jax.sampling.decode import SEGMENT, bucket
+from opd_jax.training.throughput import loss_flops
 
 # Shares of the published peaks that the estimate counts on.
 COMPUTE, MEMORY, LINKS = 0.4, 0.7, 0.7
@@ -70,32 +70,6 @@ class Sizes:
     @property
     def shards(self) -> int:
         return self.data * self.fsdp
-
-
-def weight_count(c: DecoderConfig) -> dict[str, int]:
-    """Weights of matrices: of the layers, and of embedding and head (``vocabulary``)."""
-    layers = sum(math.prod(s.shape) for name, s in layer_specs(c).items() if len(s.shape) > 1 and "bias" not in name)
-    outside = [s for s in parameter_specs(c).values() if isinstance(s, Spec) and len(s.shape) > 1]
-    return {"layers": c.layers * layers, "vocabulary": sum(math.prod(s.shape) for s in outside)}
-
-
-def forward_flops(c: DecoderConfig, tokens: float, pairs: float) -> float:
-    """FLOPs of the layers on ``tokens`` tokens whose queries meet ``pairs`` keys in all; the head is not among them."""
-    return 2 * weight_count(c)["layers"] * tokens + 4 * c.layers * c.heads * c.head_dim * pairs
-
-
-def loss_flops(
-    config: Config, student: DecoderConfig, teacher: DecoderConfig, tokens: float, *, metrics: bool
-) -> float:
-    """FLOPs of the distillation loss, its gradient and (where measured) its metrics on ``tokens`` response tokens."""
-    vocab = min(student.vocab_size, teacher.vocab_size)
-    k = config.objective.k
-    plan = Plan(config.objective, vocab, True, False, 0, 0, None, k if metrics else 0, Readout(), Readout())
-    per_token = (
-        2.0 * vocab * student.width * plan.student_vocabulary + 2 * vocab * teacher.width * plan.teacher_vocabulary
-    )
-    per_token += 2 * k * (2 * student.width + teacher.width) if plan.sparse else 4 * vocab * student.width
-    return per_token * tokens
 
 
 def step_costs(config: Config, student: DecoderConfig, teacher: DecoderConfig | None, sizes: Sizes) -> list[Cost]:
@@ -162,12 +136,9 @@ def _update(
     recomputed = {"none": 0.0, "dots": 0.1, "full": 1.0, "offload": 0.1}[config.remat]
     flops = (3 + recomputed) * forward_flops(c, tokens, tokens * length / 2)
     answers = rows * sizes.mean_response
-    if teacher is None:
-        flops += 6 * c.vocab_size * c.width * answers
-    else:
-        measured = 1 / config.metrics_every
-        flops += measured * loss_flops(config, c, teacher, answers, metrics=True)
-        flops += (1 - measured) * loss_flops(config, c, teacher, answers, metrics=False)
+    measured = 1 / config.metrics_every
+    flops += measured * loss_flops(config, c, teacher, answers, metrics=True)
+    flops += (1 - measured) * loss_flops(config, c, teacher, answers, metrics=False)
     counts = weight_count(c)
     weights, everything = counts["layers"] / sizes.tensor, sum(counts.values()) / sizes.tensor / sizes.fsdp
     # twice gathered (forward, backward), gradients in float32 summed over fsdp and, with replicas, over data

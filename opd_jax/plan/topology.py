@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from opd_jax.errors import InputError
+from opd_jax.models.flops import PEAKS
 
 GIB = 2**30
 
@@ -25,16 +26,16 @@ class Chip:
     link: float  # byte/s
 
 
-# cloud.google.com/tpu/docs (system architecture): bfloat16 peak and HBM bandwidth. Links: 45 GB/s a direction on v4 and
+# cloud.google.com/tpu/docs (system architecture): HBM bandwidth. Links: 45 GB/s a direction on v4 and
 # v5e, 90 GB/s on v5p and v6e (jax-ml.github.io/scaling-book). nvidia.com data sheets, dense; links by NVLink.
 CHIPS = {
-    "v4": Chip(275e12, 1.23e12, 90e9),
-    "v5e": Chip(197e12, 0.82e12, 90e9),
-    "v5p": Chip(459e12, 2.765e12, 180e9),
-    "v6e": Chip(918e12, 1.64e12, 180e9),
-    "A100": Chip(312e12, 2.0e12, 300e9),
-    "H100": Chip(989e12, 3.35e12, 450e9),
-    "H200": Chip(989e12, 4.8e12, 450e9),
+    "v4": Chip(PEAKS["v4"], 1.23e12, 90e9),
+    "v5e": Chip(PEAKS["v5e"], 0.82e12, 90e9),
+    "v5p": Chip(PEAKS["v5p"], 2.765e12, 180e9),
+    "v6e": Chip(PEAKS["v6e"], 1.64e12, 180e9),
+    "A100": Chip(PEAKS["A100"], 2.0e12, 300e9),
+    "H100": Chip(PEAKS["H100"], 3.35e12, 450e9),
+    "H200": Chip(PEAKS["H200"], 4.8e12, 450e9),
 }
 # What a program may use of 32, 16, 95 and 32 GiB, as the compiler's out-of-memory message says (libtpu 0.0.42).
 USABLE = {"v4": 30.75 * GIB, "v5e": 15.75 * GIB, "v5p": 95.74 * GIB, "v6e": 31.25 * GIB}

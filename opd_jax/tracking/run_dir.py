@@ -24,8 +24,8 @@ from opd_jax.errors import InputError
 Row = dict[str, Any]
 
 _PACKAGES = ("opd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-# More steps continue a run; where its directory lies does not change what it computes.
-_MAY_CHANGE = {"steps", "run_dir"}
+# More steps continue a run; the others do not change what it computes.
+_MAY_CHANGE = {"steps", "run_dir", "profile", "wandb"}
 _NAMED_AT_MOST = 5
 
 
@@ -68,6 +68,10 @@ class RunDir:
     def skipped(self) -> epath.Path:
         """Rows of updates whose loss or gradient was not finite, as .npz."""
         return self.root / "skipped"
+
+    @property
+    def profile(self) -> epath.Path:
+        return self.root / "profile"
 
     @property
     def report(self) -> epath.Path:

@@ -18,11 +18,13 @@ from opd_jax.sampling.packing import split
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
 from opd_jax.tracking.run_dir import RunDir, keep_rows, open_run, read_rows
+from opd_jax.tracking.trace import StepTrace
 from opd_jax.tracking.writers import MetricWriter
 from opd_jax.training.alarm import LEVEL, RECENT, collapse
 from opd_jax.training.evaluate import Evaluator
 from opd_jax.training.setup import Setup, prepare, rollout_law
 from opd_jax.training.state import TrainState
+from opd_jax.training.throughput import throughput, update_flops
 from opd_jax.types import Metrics, Sequences
 
 HISTORY = 2 * (LEVEL + RECENT)  # measured steps that the alarm looks back on
@@ -66,14 +68,20 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     _announce(setup, done)
 
     step_fn = _opd_step if config.kind == "opd" else _sft_step
-    with refused_writes(run.root), MetricWriter(run, done if restored else None) as writer:
+    with (
+        refused_writes(run.root),
+        MetricWriter(run, done if restored else None) as writer,
+        StepTrace(run.profile, config.profile) as trace,
+    ):
         _evaluate_start(setup, evaluator, writer, state, fresh=not restored)
         watch = _Watch(config, run, position.get("skipped_in_a_row", 0))
+        between = _Clock()  # evaluation and checkpoint, told in the row of the next step
         with console.progress(config.steps, title or config.kind, start=done) as bar:
             for step in range(done + 1, config.steps + 1):
-                state, row, skipped = step_fn(setup, state, step)
+                with trace.step(step):
+                    state, row, skipped = step_fn(setup, state, step)
                 checkpoints.check()
-                row = watch(step, row, skipped)
+                row = watch(step, row | between.row(), skipped)
                 writer.write(step, row)
                 bar.update(step, row)
                 if watch.failure:
@@ -84,15 +92,18 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                         f"padding: {row['padding']:.0%} of the tokens computed, {row['padding_unpacked']:.0%} unpacked"
                     )
                     console.print(saved)
+                between = _Clock()
                 last, stopping = step == config.steps, hosts.agree(stop is not None and stop.is_set())
                 scores = None
                 if evaluator and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
                     scores = _evaluate(evaluator, writer, state, step)
+                    between("evaluation", None)
                 # last of all: what was logged up to here belongs to this checkpoint
                 due = step % config.checkpoint.every == 0 or (config.checkpoint.best and scores is not None)
                 if last or stopping or due:
                     position = {"data": setup.batches.get_state(), "skipped_in_a_row": watch.skipped_in_a_row}
                     checkpoints.save(step, state, position, scores)
+                    between("checkpoint", None)
                 if stopping and not last:
                     checkpoints.close()
                     raise Interrupted(f"stopped after step {step} of {config.steps}; continue with --resume")
@@ -110,45 +121,43 @@ def _opd_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     assert setup.teacher
     assert graphs.score
     clock = _Clock()
-    prompts = next(setup.batches)
+    prompts = clock("data", next(setup.batches))
     weights = clock("reshard", graphs.engine(setup.student).cast(state.params))
     law, seed = rollout_law(setup.config), setup.config.seed
     limit = setup.config.rollout.length and setup.config.rollout.length.at(step, setup.config.rollout.max_response)
     host = clock("rollout", setup.rollout(weights, prompts, law, seed, step, limit))
     del weights
-    update = graphs.update if (step - 1) % setup.config.metrics_every == 0 else graphs.update_unmeasured
+    measure = (step - 1) % setup.config.metrics_every == 0
+    update = graphs.update if measure else graphs.update_unmeasured
     metrics, skipped = [], []
     for part in split(host, setup.config.updates, setup.layout):
-        packed = clock("pack", weighted(graphs.pack(part), setup.config, step))
-        rows = setup.layout.put_rows(packed)
+        packed = weighted(graphs.pack(part), setup.config, step)
+        rows = clock("pack", setup.layout.put_rows(packed))
         scores = clock("score", graphs.score(setup.teacher.params, rows))
-        before = int(state.skipped)
         state, measured = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
         metrics.append(hosts.fetch(measured))
-        if int(state.skipped) > before:
+        if not _finite(metrics[-1]):
             skipped.append(packed)
     row = means(jax.tree.map(lambda *x: sum(x), *metrics)) | {
         "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / packed.tokens.shape[1],
         "response_length": float(np.mean(host.lengths)),
         "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
-        "tokens_per_second": float(np.sum(host.lengths)) / clock.total(),
     }
+    row |= _rates(setup, clock, host.prompts.lengths, host.lengths, measure)
     return state, row | _common(setup, state) | clock.row(), skipped
 
 
 def _sft_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     clock = _Clock()
-    host = next(setup.batches)
-    packed = clock("pack", setup.graphs.pack_texts(host))
-    before = int(state.skipped)
-    state, metrics = clock("update", setup.graphs.update(state, setup.layout.put_rows(packed)))
-    trained = float(sum(len(response) for _, response in host))
-    used = float(np.mean([len(prompt) + len(response) - 1 for prompt, response in host]))
-    row = means(hosts.fetch(metrics)) | {
-        "padding_unpacked": 1 - used / packed.tokens.shape[1],
-        "tokens_per_second": trained / clock.total(),
-    }
-    return state, row | _common(setup, state) | clock.row(), [packed] if int(state.skipped) > before else []
+    host = clock("data", next(setup.batches))
+    packed = setup.graphs.pack_texts(host)
+    rows = clock("pack", setup.layout.put_rows(packed))
+    state, metrics = clock("update", setup.graphs.update(state, rows))
+    metrics = hosts.fetch(metrics)
+    prompts, responses = (np.array([len(text[i]) for text in host]) for i in (0, 1))
+    row = means(metrics) | {"padding_unpacked": 1 - float(np.mean(prompts + responses - 1)) / packed.tokens.shape[1]}
+    row |= _rates(setup, clock, prompts, responses, True)
+    return state, row | _common(setup, state) | clock.row(), [] if _finite(metrics) else [packed]
 
 
 def weighted(rows: Sequences, config: Config, step: int) -> Sequences:
@@ -174,30 +183,38 @@ def means(metrics: Metrics) -> Row:
     return {name: mean(*value) for name, value in metrics.items()}
 
 
+def _finite(metrics: Metrics) -> bool:
+    """Whether the update was made (``make_update`` skips those that are not finite)."""
+    return all(bool(np.isfinite(metrics[name][0])) for name in ("loss", "gradient_norm"))
+
+
 class _Clock:
     """Seconds of each stage, the device's work included."""
 
     def __init__(self) -> None:
-        self._stages: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def __call__(self, stage: str, result: Any) -> Any:
         jax.block_until_ready(result)
         now = time.perf_counter()
-        self._stages[stage] = self._stages.get(stage, 0.0) + now - self._since
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now
         return result
 
-    def total(self) -> float:
-        return sum(self._stages.values())
-
     def row(self) -> Row:
-        return {f"time/{stage}": seconds for stage, seconds in self._stages.items()}
+        return {f"time/{stage}": seconds for stage, seconds in self.seconds.items()}
+
+
+def _rates(setup: Setup, clock: _Clock, prompts: np.ndarray, responses: np.ndarray, measure: bool) -> Row:
+    teacher = setup.teacher.config if setup.teacher else None
+    flops = update_flops(setup.config, setup.student, teacher, prompts, responses, metrics=measure)
+    return throughput(prompts, responses, clock.seconds, flops, list(setup.layout.mesh.devices.flat))
 
 
 def _common(setup: Setup, state: TrainState) -> Row:
-    rate = setup.graphs.schedule(int(state.step) - 1)
-    return {"learning_rate": float(np.asarray(rate)), "skipped": int(state.skipped)}
+    updates, skipped = hosts.fetch((state.step, state.skipped))
+    return {"learning_rate": float(hosts.fetch(setup.graphs.schedule(updates - 1))), "skipped": int(skipped)}
 
 
 class _Watch:
