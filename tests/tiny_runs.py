@@ -29,16 +29,16 @@ TEACHER = DecoderConfig(
 )  # fmt: skip
 
 
-def params_of(network: DecoderConfig, seed: int) -> Params:
+def params_of(network: DecoderConfig, seed: int, spread: float = 2.0) -> Params:
     """Random weights with a spread that gives a few nats between student and teacher."""
-    return jax.tree.map(lambda w: 2 * w, init_params(network, jax.random.key(seed)))
+    return jax.tree.map(lambda w: spread * w, init_params(network, jax.random.key(seed)))
 
 
-def write_models(path: Path) -> Path:
+def write_models(path: Path, spread: float = 2.0) -> Path:
     """``path/student`` and ``path/teacher``: Hugging Face directories with the task's tokenizer."""
     assert write_task_tokenizer(path / "tokenizer", TASK) == VOCAB
     for name, network, seed in (("student", STUDENT, 0), ("teacher", TEACHER, 1)):
-        save_model(path / name, params_of(network, seed), network, tokenizer_from=path / "tokenizer")
+        save_model(path / name, params_of(network, seed, spread), network, tokenizer_from=path / "tokenizer")
     return path
 
 
