@@ -23,6 +23,7 @@ from opd_jax.evaluation.heldout import (
     ratio_with_error,
     sample_panel,
     summarise_lengths,
+    token_texts,
 )
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
@@ -95,16 +96,25 @@ def test_ratio_with_error_at_the_ends() -> None:
 def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, rollout: Any) -> dict[str, Any]:
     score = make_score(network, dtype=jnp.float32, layout=ONE, micro_batch=1)
     measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE, micro_batch=1)
-    batches, measured = [], []
+    batches, measured, by_token = [], [], []
     for out in sample_panel(rollout, student, panel, Law(), 0):
         rows = pack(out)
         scores = score(teacher, rows)
         batches.append(out)
-        measured.append(measure(student, rows, scores.hidden, scores.head))
+        sums, kl_BR = measure(student, rows, scores.hidden, scores.head)
+        # each token's value in its place: nothing past the end, the rows' sums, and not the same everywhere
+        kl_BR = np.asarray(kl_BR)[: len(out.lengths)]
+        assert not kl_BR[~tiny_runs.response_mask(out)].any()
+        total, count = (np.asarray(x)[: len(out.lengths)] for x in sums["reverse_kl"])
+        np.testing.assert_allclose(kl_BR.sum(1), total, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(count, out.lengths)
+        by_token.append(kl_BR)
+        measured.append(sums)
     per_row = collect(measured, panel)
     assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
     rows = collect(batches, panel)
-    return mean_metrics(per_row, panel) | summarise_lengths(rows.lengths, rows.stopped, panel)
+    kl = {"kl_by_token": np.concatenate(by_token)[: panel.rows].tolist()}
+    return mean_metrics(per_row, panel) | summarise_lengths(rows.lengths, rows.stopped, panel) | kl
 
 
 @pytest.fixture(scope="module")
@@ -135,4 +145,15 @@ def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(rollout
     assert 0 <= first["overlap_ratio"] < 1
     assert first["eos_rate"] == 1 - first["truncation_rate"]
     other = evaluate(student, teacher, TEACHER, panel_of(5, 1, 5), rollout)
+    np.testing.assert_allclose(other.pop("kl_by_token"), first.pop("kl_by_token"), rtol=1e-4, atol=1e-5)
     assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True) for name, value in first.items()}
+
+
+def test_texts_of_tokens() -> None:
+    """A tokenizer that marks words by a space in front, and drops that of the first (as SentencePiece's do)."""
+
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return "".join([" three", " blind", " mi", "ce"][i] for i in ids).strip()
+
+    assert token_texts([0, 1, 2, 3, 2], Words()) == ["three", " blind", " mi", "ce", " mi"]

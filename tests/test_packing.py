@@ -280,14 +280,16 @@ def test_packed_rows_on_a_mesh(sizes: tuple[int, int, int], micro_batch: int, se
     assert distance(jax.device_get(grads), want_grads) < 1e-5
     settings: Any = {"k": 4, "vocab_size": VOCAB, "dtype": jnp.float32}
     measure = make_measure(WINDOWED, layout=layout, micro_batch=micro_batch, **settings)
-    got = measure(placed[0], rows, scores.hidden, scores.head)
+    got, kl_BR = measure(placed[0], rows, scores.hidden, scores.head)
     alone = pack(ragged(), separate=True)
     scores = make_score(TEACHER)(teacher, alone)
-    one_by_one = make_measure(WINDOWED, layout=None, **settings)(params, alone, scores.hidden, scores.head)
+    one_by_one, by_token = make_measure(WINDOWED, layout=None, **settings)(params, alone, scores.hidden, scores.head)
     for name, (total, count) in one_by_one.items():
         np.testing.assert_allclose(got[name][0], total, rtol=1e-4, atol=1e-4, err_msg=name)
         np.testing.assert_array_equal(got[name][1], count, err_msg=name)
     np.testing.assert_array_equal(one_by_one["reverse_kl"][1], ragged().lengths)
+    np.testing.assert_allclose(kl_BR[: len(by_token)], by_token, rtol=1e-4, atol=1e-4)
+    assert not np.asarray(by_token)[~tiny_runs.response_mask(ragged())].any()
 
 
 def test_rows_of_a_pass() -> None:

@@ -35,7 +35,10 @@ def _run(path, steps=12, objective=None, empty=False):
                 "reverse_kl": 1 / step,
                 "time/rollout": 0.3,
                 "time/update": 0.1 if step > 1 else 9.0,
+                "tokens_per_second/rollout": 1500.0,
             }
+            if step == 4:
+                row["time/evaluation"] = 2.2
             writer.write(step, row | {"reverse_kl_by_position": [0.1, 0.2, 0.3, None], "own_metric": 1.0})
         after = {"accuracy": 0.8, "accuracy_se": 0.02, "reverse_kl": 0.05, "overlap_ratio": 0.8, "problems": 64}
         writer.write_evaluation(steps, {"who": "student", **after, "samples": 2})
@@ -96,7 +99,9 @@ def test_report_holds_the_numbers(tmp_path):
         "✗ wrong",
         "✓ correct",
         "reverse KL 2.000 nats/token, 2 tokens",
-        "75%",  # rollout 0.3 of 0.4 s, the compiling step left out
+        "50%",  # 11 times a rollout of 0.3 s and an update of 0.1 s, the compiling step left out
+        "33%",  # one evaluation of 2.2 s
+        "1,500",
         "seed: 0",
         "packages",
     ):
@@ -251,3 +256,18 @@ def test_figures_are_saved_as_png_and_svg(tmp_path):
 
 def test_style_file_is_part_of_the_package():
     assert (report.resources.files("opd_jax.tracking") / "report.css").is_file()
+
+
+def test_tokens_are_coloured_by_their_divergence(tmp_path):
+    run = _run(tmp_path / "run", empty=True)
+    tokens, kl = ["a", " <b>", "\n", HOSTILE, "e"], [0.01, 0.3, None, 2.5, 0.05]
+    with MetricWriter(run) as writer:
+        writer.write_samples(1, [{"problem": "p", "response": "without", "tokens": tokens, "kl_by_token": kl}])
+        writer.write_samples(2, [{"problem": "p", "response": "cut short", "tokens": tokens, "kl_by_token": kl[:2]}])
+    text, page = _page(run, run.report)
+    shown = text.partition("<pre>")[2].partition("</pre>")[0]
+    spans = re.findall(r'<span class="(kl\d)" title="(.*?) nats">', shown)
+    assert spans == [("kl2", "0.300"), ("kl5", "2.500"), ("kl1", "0.050")]
+    assert re.sub(r"<.*?>", "", shown).startswith("a &lt;b&gt;\n&lt;/pre&gt;")
+    assert "script" not in page.tags
+    assert "cut short" in page.text  # values that do not fit the tokens are not drawn

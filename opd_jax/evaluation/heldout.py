@@ -6,6 +6,7 @@ Every evaluation of a run uses the same random numbers, so that differences betw
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -75,17 +76,18 @@ def make_measure(
     dtype: Any,
     layout: Layout | None,
     micro_batch: int | None = None,
-) -> Callable[[Params, Sequences, Array, Array], dict[str, tuple[Array, Array]]]:
-    """Builds the jitted ``measure(student_params, rows, teacher_hidden, teacher_head)`` → {name: (sum, count)}.
+) -> Callable[[Params, Sequences, Array, Array], tuple[dict[str, tuple[Array, Array]], Array]]:
+    """Builds the jitted ``measure(student_params, rows, teacher_hidden, teacher_head)`` → {name: (sum, count)}, kl.
 
     The metrics of paper.md Eqs. 6–10 and both divergences, summed over each sequence's response tokens: arrays [M], of
-    sequences in the order of their batch (and zeros, if it has fewer).
+    sequences in the order of their batch (and zeros, if it has fewer). ``kl`` [M, R]: the reverse KL at every token of
+    their responses, in nats.
     """
 
     def measure(
         params: Params, rows: Sequences, teacher_hidden: Array, teacher_head: Array
-    ) -> dict[str, tuple[Array, Array]]:
-        def add(sums: Array, _: Any, part: Sequences, teacher_hidden: Array) -> Array:
+    ) -> tuple[dict[str, tuple[Array, Array]], Array]:
+        def add(totals: tuple[Array, Array], _: Any, part: Sequences, teacher_hidden: Array) -> tuple[Array, Array]:
             hidden = hidden_states(params, student, part, dtype=dtype, layout=layout)
             values = position_metrics(
                 hidden, head(params), teacher_hidden, teacher_head, part.targets, part.mask,
@@ -93,12 +95,16 @@ def make_measure(
             )  # fmt: skip
             shared = part.mask & (values["overlap_ratio"] > 0)  # elsewhere Eq. 7 has no value
             masks = dict.fromkeys(MEASURED, part.mask) | {"overlap_advantage": shared}
+            sums, kl = totals
             both = [[jnp.where(masks[n], values[n], 0), masks[n].astype(sums.dtype)] for n in MEASURED]
-            return sums.at[part.segments].add(jnp.moveaxis(jnp.array(both), (0, 1), (2, 3)))
+            sums = sums.at[part.segments].add(jnp.moveaxis(jnp.array(both), (0, 1), (2, 3)))
+            return sums, kl.at[part.segments, part.depth].add(jnp.where(part.mask, values["reverse_kl"], 0))
 
-        zeros = jnp.zeros((rows.tokens.shape[0] + 1, len(MEASURED), 2), jnp.promote_types(dtype, jnp.float32))
-        sums = over_passes(add, zeros, rows, teacher_hidden, micro_batch=micro_batch, layout=layout)
-        return {name: (sums[1:, i, 0], sums[1:, i, 1]) for i, name in enumerate(MEASURED)}
+        of_rows = functools.partial(jnp.zeros, dtype=jnp.promote_types(dtype, jnp.float32))
+        M = rows.tokens.shape[0] + 1
+        zeros = of_rows((M, len(MEASURED), 2)), of_rows((M, rows.max_response))
+        sums, kl = over_passes(add, zeros, rows, teacher_hidden, micro_batch=micro_batch, layout=layout)
+        return {name: (sums[1:, i, 0], sums[1:, i, 1]) for i, name in enumerate(MEASURED)}, kl[1:]
 
     return jax.jit(measure, out_shardings=layout.sharding() if layout else None)
 
@@ -139,6 +145,16 @@ def responses(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Decoded texts of collected rollouts, without special tokens."""
     rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), strict=True)
     return [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n in rows]
+
+
+def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token where it stands; bytes that are no character by themselves show as \ufffd."""
+    texts = []
+    for i in range(len(tokens)):
+        # after the token before it, or tokenizers that mark words by a leading space drop that
+        before, both = tokenizer.decode(tokens[max(i - 1, 0) : i]), tokenizer.decode(tokens[max(i - 1, 0) : i + 1])
+        texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([tokens[i]]))
+    return texts
 
 
 def mean_metrics(

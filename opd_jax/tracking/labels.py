@@ -35,6 +35,7 @@ LABELS: dict[str, Label] = {
     "eos_rate": Label("ended", "ended by end-of-sequence"),
     "learning_rate": Label("lr", "learning rate"),
     "tokens_per_second": Label("tok/s", "tokens per second"),
+    "mfu": Label("MFU", "share of the bfloat16 peak (update)"),
     "padding": Label("padding", "padding (share of row tokens)"),
     "padding_unpacked": Label("padding (unpacked)", "padding without packing (share of row tokens)"),
 }

@@ -25,6 +25,9 @@ from opd_jax.tracking.run_dir import Row, RunDir, existing_run, read_rows, write
 _SAMPLES_SHOWN = 6  # problems with rollouts; the rest is in samples.jsonl
 _TEXT_SHOWN = 20_000  # characters of one rollout
 _NOT_METRICS = {"step", "problems", "samples"}
+_STAGES = ("data", "reshard", "rollout", "pack", "score", "update", "evaluation", "checkpoint")
+_OF_STAGES = ("time/", "tokens_per_second/")  # in their own table
+_KL_LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)  # nats, from which a token is coloured, and more and more strongly
 _HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
 
 
@@ -186,7 +189,7 @@ def _training_curves(runs: list[_Run]) -> str:
     labels = [run.name if several else "training" for run in runs]
     rows = dict(zip(labels, (run.metrics for run in runs), strict=True))
     evaluations = dict(zip(labels, (run.evaluations for run in runs), strict=True))
-    names = [n for n in _numeric_names([r for run in runs for r in run.metrics]) if not n.startswith("time/")]
+    names = [n for n in _numeric_names([r for run in runs for r in run.metrics]) if not n.startswith(_OF_STAGES)]
     evaluated = _numeric_names([r for run in runs for r in run.student if len(run.student) > 1])
     k = runs[0].setting("objective.k")
     figures = [
@@ -206,19 +209,25 @@ def _position_curves(run: _Run, several: bool) -> str:
 
 
 def _time(run: _Run, several: bool) -> str:
+    """Evaluations and checkpoints are not of every step: their share is that of as many as there were."""
     timed = run.metrics[1:] or run.metrics  # the first step holds the compilation
-    spent = {
-        name: statistics.median(v)
-        for name in sorted({key for row in timed for key in row if key.startswith("time/")})
-        if (v := [row[name] for row in timed if row.get(name) is not None])
-    }
-    total = sum(spent.values())
+    names = {key: None for row in timed for key in row if key.startswith("time/")}
+    held = {name: [row[name] for row in timed if row.get(name) is not None] for name in names}
+    medians = {name: statistics.median(v) for name, v in held.items() if v}
+    total = sum(medians[name] * len(held[name]) for name in medians)
     if not total:
         return ""
-    rows = [[name.removeprefix("time/"), s, f"{s / total:.0%}"] for name, s in spent.items()]
-    rows.append(["all", total, None])
-    table = _table(["part of a step", "seconds (median)", "share"], rows)
-    return f"<h2>Where the time goes{_text(_of(run, several))}</h2>{table}"
+    rows = []
+    for name in sorted(medians, key=lambda n: _STAGES.index(n[5:]) if n[5:] in _STAGES else len(_STAGES)):
+        rates = [r for row in timed if (r := row.get(name.replace("time/", "tokens_per_second/"))) is not None]
+        share = f"{medians[name] * len(held[name]) / total:.0%}"
+        rows.append([name[5:], medians[name], len(held[name]), share, statistics.median(rates) if rates else None])
+    rows.append(["all, a step", total / len(timed), len(timed), None, None])
+    table = _table(["stage", "seconds (median)", "times", "share", "tokens/s"], rows)
+    used = [row["mfu"] for row in timed if row.get("mfu") is not None]
+    mfu = f"The update reaches {statistics.median(used):.0%} of the chips' bfloat16 peak. " if used else ""
+    note = f'<p class="soft note">{mfu}Without the first step. A checkpoint is written while the run goes on.</p>'
+    return f"<h2>Where the time goes{_text(_of(run, several))}</h2>{table}{note}"
 
 
 def _samples(run: _Run, several: bool) -> str:
@@ -235,7 +244,10 @@ def _samples(run: _Run, several: bool) -> str:
     shown = [_problem(text, answers) for text, answers in problems[:_SAMPLES_SHOWN]]
     hidden = len(problems) - len(shown)
     note = f'<p class="soft">{hidden} more problems are in samples.jsonl.</p>' if hidden else ""
-    return f"<h2>Sampled rollouts{_text(_of(run, several))}</h2>{''.join(shown)}{note}"
+    edges = [f'<span class="kl{i}">≥ {edge:g}</span>' for i, edge in enumerate(_KL_LEVELS, 1)]
+    coloured = any(row.get("tokens") for row in run.samples)
+    legend = f'<p class="soft">Reverse KL of a token, nats: {" ".join(edges)}</p>' if coloured else ""
+    return f"<h2>Sampled rollouts{_text(_of(run, several))}</h2>{legend}{''.join(shown)}{note}"
 
 
 def _problem(text: str, rollouts: dict[int, list[Row]]) -> str:
@@ -254,9 +266,26 @@ def _rollout(row: Row) -> str:
     if kl:
         marks.append(f"<span>reverse KL {format_value(statistics.fmean(kl))} nats/token, {len(kl)} tokens</span>")
     response = str(row.get("response", ""))
+    text = _coloured(row) or _text(response[:_TEXT_SHOWN])
     if len(response) > _TEXT_SHOWN:
-        response = response[:_TEXT_SHOWN] + f"\n… {len(response) - _TEXT_SHOWN:,} more characters in samples.jsonl"
-    return f'<div class="rollout"><header>{"".join(marks)}</header><pre>{_text(response)}</pre></div>'
+        text += f"\n… {len(response) - _TEXT_SHOWN:,} more characters in samples.jsonl"
+    return f'<div class="rollout"><header>{"".join(marks)}</header><pre>{text}</pre></div>'
+
+
+def _coloured(row: Row) -> str:
+    """The tokens as they stand, on a ground that tells their reverse KL; "" where the row has no such values."""
+    tokens, kl = row.get("tokens") or [], row.get("kl_by_token") or []
+    if not tokens or len(tokens) != len(kl):
+        return ""
+    parts, length = [], 0
+    for token, value in zip(map(str, tokens), kl, strict=True):
+        length += len(token)
+        if length > _TEXT_SHOWN:
+            break
+        level = sum(value is not None and value >= edge for edge in _KL_LEVELS)
+        shown = _text(token)
+        parts.append(f'<span class="kl{level}" title="{format_value(value)} nats">{shown}</span>' if level else shown)
+    return "".join(parts)
 
 
 def _settings(run: _Run, several: bool) -> str:

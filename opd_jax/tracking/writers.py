@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import json
 import math
@@ -9,16 +11,19 @@ import os
 import platform
 import struct
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
+import yaml
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made by protobuf)
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
 
+from opd_jax.errors import InputError
 from opd_jax.tracking.run_dir import RunDir
 
 _STORE_INTERVAL = 30.0  # seconds between rewrites of one object
@@ -30,13 +35,19 @@ class MetricWriter:
     Every row is on disk when the call returns (in an object store: within 30 s, and at ``close``). A value that is not
     finite becomes ``null``. Only process 0 writes; elsewhere every method does nothing.
 
-    ``restored_step``: for a resumed run, as given to ``RunDir.truncate_after``; TensorBoard then hides later events.
+    Args:
+        restored_step: for a resumed run, as given to ``RunDir.truncate_after``; TensorBoard then hides later events.
+        wandb: a project at Weights & Biases that gets the numbers, too (``pip install 'opd-jax[wandb]'``).
+
+    Raises:
+        InputError: wandb does not start.
     """
 
-    def __init__(self, run: RunDir, restored_step: int | None = None) -> None:
+    def __init__(self, run: RunDir, restored_step: int | None = None, wandb: str | None = None) -> None:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._wandb = start_wandb(run, wandb) if wandb else None
         self._metrics, self._samples, self._evaluations = map(_AppendFile, (run.metrics, run.samples, run.evaluations))
         run.events.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
@@ -67,6 +78,8 @@ class MetricWriter:
 
     def close(self) -> None:
         if self._active:
+            if self._wandb:
+                self._wandb.finish()
             for file in (self._metrics, self._samples, self._evaluations, self._events):
                 file.close()
 
@@ -78,6 +91,8 @@ class MetricWriter:
 
     def _write_scalars(self, step: int, prefix: str, row: Mapping[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        if self._wandb:
+            self._wandb.log({prefix + name: value for name, value in numbers.items()}, step=int(step))
         values = [Summary.Value(tag=prefix + name, simple_value=value) for name, value in numbers.items()]
         self._write_event(Event(step=int(step), summary=Summary(value=values)))
 
@@ -89,6 +104,38 @@ class MetricWriter:
         header = struct.pack("<Q", len(data))
         checks = [struct.pack("<I", masked_crc32c(part)) for part in (header, data)]
         self._events.write(header + checks[0] + data + checks[1])
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises InputError where a project is given and the package is missing."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"wandb={project}: the package is not installed. pip install 'opd-jax[wandb]', or leave it out."
+        )
+
+
+def start_wandb(run: RunDir, project: str) -> Any:
+    """The run of this directory at Weights & Biases, begun or, after a resume, taken up again.
+
+    Raises:
+        InputError: it does not start, as without network or login.
+    """
+    wandb = importlib.import_module("wandb")
+    began = json.loads(run.environment.read_text())[0]["start_time"]
+    try:
+        return wandb.init(
+            project=project,
+            name=run.root.name,
+            id=f"{run.root.name}-{zlib.crc32(f'{os.fspath(run.root)} {began}'.encode()):08x}",
+            resume="allow",
+            config=yaml.safe_load(run.config.read_text()),
+            dir=None if not _is_local(run.root) else os.fspath(run.root),
+        )
+    except (wandb.Error, OSError) as e:
+        raise InputError(
+            f"wandb={project}: Weights & Biases did not start ({str(e).strip() or type(e).__name__}). Log in by `wandb "
+            f"login`, set WANDB_MODE=offline, or leave wandb out; then continue with --resume."
+        ) from e
 
 
 class _AppendFile:

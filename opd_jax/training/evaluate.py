@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax import Array
 
 from opd_jax import hosts
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
@@ -53,19 +55,23 @@ class Evaluator:
         self._law = Law(settings.temperature, settings.top_p)
         self._max_response = settings.max_response or setup.config.rollout.max_response
         self._reference: list[Rollouts] = []
+        self._shown = min(setup.config.log_samples * self.panel.samples, self.panel.rows)
         self._pool = AnswerPool()
 
     def student(self, params: Params) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the student with these weights."""
-        batches, measured = [], []
+        batches, measured, shown = [], [], []
         with self._progress("evaluating the student") as bar:
             for rollouts in self._rollouts(self._setup.student, params):
                 batches.append(rollouts)
                 if self._setup.teacher:
-                    measured.append(self._measured(params, rollouts))
+                    sums, kl_BR = self._measured(params, rollouts)
+                    measured.append(sums)
+                    if len(shown) < self._shown:
+                        shown += list(hosts.fetch(kl_BR))
                 bar.advance()
-        of_teacher = [self._measured(params, rollouts) for rollouts in self._reference]
-        row, samples = self._graded("student", batches)
+        of_teacher = [self._measured(params, rollouts)[0] for rollouts in self._reference]
+        row, samples = self._graded("student", batches, shown)
         if measured:
             row |= heldout.mean_metrics(heldout.collect(measured, self.panel), self.panel)
         if of_teacher:
@@ -90,20 +96,21 @@ class Evaluator:
         sample = make_rollout(engine, max_response=self._max_response)
         return heldout.sample_panel(sample, engine.cast(params), self.panel, self._law, self._setup.config.seed)
 
-    def _measured(self, params: Params, rollouts: Rollouts) -> Any:
-        """Sums over each row of the metrics of student against teacher."""
+    def _measured(self, params: Params, rollouts: Rollouts) -> tuple[Any, Array]:
+        """Sums over each row of the metrics of student against teacher, and the reverse KL at every token."""
         setup = self._setup
         rows = setup.layout.put_rows(setup.graphs.pack(rollouts))
         assert setup.teacher
         assert setup.graphs.score
         scores = setup.graphs.score(setup.teacher.params, rows)
-        measured = hosts.fetch(setup.graphs.measure(params, rows, scores.hidden, scores.head))
-        return jax.tree.map(lambda x: x[: len(rollouts.lengths)], measured)
+        sums, kl_BR = setup.graphs.measure(params, rows, scores.hidden, scores.head)
+        return jax.tree.map(lambda x: x[: len(rollouts.lengths)], hosts.fetch(sums)), kl_BR
 
     def _progress(self, title: str) -> Any:
         return console.progress(total=len(self.panel.batches), title=title, unit="batch")
 
-    def _graded(self, who: str, batches: list[Rollouts]) -> tuple[Row, list[Row]]:
+    def _graded(self, who: str, batches: list[Rollouts], kl: Sequence[np.ndarray] = ()) -> tuple[Row, list[Row]]:
+        """``kl``: the reverse KL by token of the first rows."""
         layout = self._setup.layout
         whole = [dataclasses.replace(rows, tokens=hosts.fetch(layout.put_rows(rows.tokens))) for rows in batches]
         if jax.process_index():
@@ -123,6 +130,12 @@ class Evaluator:
                 "response": texts[i],
                 "correct": None if correct is None else bool(correct.reshape(-1)[i]),
             }
-            for i in range(min(self._setup.config.log_samples * self.panel.samples, self.panel.rows))
+            | (self._by_token(rollouts, i, kl[i]) if kl else {})
+            for i in range(self._shown)
         ]
         return row, samples
+
+    def _by_token(self, rollouts: Rollouts, i: int, kl_R: np.ndarray) -> Row:
+        tokens = np.asarray(rollouts.tokens[i, : rollouts.lengths[i]]).tolist()
+        kl = [round(float(x), 5) for x in kl_R[: len(tokens)]]
+        return {"tokens": heldout.token_texts(tokens, self._setup.tokenizer), "kl_by_token": kl}

@@ -19,7 +19,7 @@ from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
 from opd_jax.tracking.run_dir import RunDir, keep_rows, open_run, read_rows
 from opd_jax.tracking.trace import StepTrace
-from opd_jax.tracking.writers import MetricWriter
+from opd_jax.tracking.writers import MetricWriter, check_wandb
 from opd_jax.training.alarm import LEVEL, RECENT, collapse
 from opd_jax.training.evaluate import Evaluator
 from opd_jax.training.setup import Setup, prepare, rollout_law
@@ -46,6 +46,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     """
     console.terminal.quiet |= jax.process_index() > 0
     with hosts.refused_together():
+        check_wandb(config.wandb)
         setup = prepare(config)
         evaluator = Evaluator(setup) if config.evaluation.data else None
     hosts.check_same("configuration", dump_config(config))
@@ -70,7 +71,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     step_fn = _opd_step if config.kind == "opd" else _sft_step
     with (
         refused_writes(run.root),
-        MetricWriter(run, done if restored else None) as writer,
+        MetricWriter(run, done if restored else None, config.wandb) as writer,
         StepTrace(run.profile, config.profile) as trace,
     ):
         _evaluate_start(setup, evaluator, writer, state, fresh=not restored)
