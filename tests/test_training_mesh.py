@@ -132,7 +132,7 @@ def test_the_first_steps_do_not_depend_on_the_mesh(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_first_step_in_bfloat16(tmp_path: Path, rollouts: list[Any], sizes: tuple[int, int, int]) -> None:
-    """bfloat16 rounds otherwise on a mesh. Weights of ordinary size: with twice that, the gradients of one device lie 9 %
+    """bfloat16 rounds otherwise on a mesh. Weights of ordinary size: with twice that, gradients of one device are 9 %
     from those in float32 already."""
     models = tiny_runs.write_models(tmp_path, spread=1.0)
     want_grads, want_losses, _, _ = steps_on(setup_on(models, (1, 1, 1), dtype="bfloat16"), rollouts[:1])
