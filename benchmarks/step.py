@@ -110,7 +110,7 @@ class OurStep:
     def __call__(self) -> float:
         start = time.perf_counter()
         self.step += 1  # the first logged step of a run is always measured
-        self.state, row = _opd_step(self.setup, self.state, self.step)
+        self.state, row, _ = _opd_step(self.setup, self.state, self.step)
         self.rows.append(row)
         return time.perf_counter() - start
 
