@@ -114,7 +114,8 @@ def _estimate(plan: Plan) -> None:
         ]
         for r in rows
     ]
-    console.table("ESTIMATE of a step (formulas, not measured)", columns, cells)
+    which = " with these settings" if plan.found else ""
+    console.table(f"ESTIMATE of a step{which} (formulas, not measured)", columns, cells)
     if seconds:
         rate = plan.tokens / seconds
         console.print(f"about {format_duration(seconds)} a step, {rate:,.0f} response tokens/s, if:")
