@@ -72,6 +72,7 @@ def generate(
     slots: int,
     max_response: int,
     limit: int | None = None,
+    width: int | None = None,
     occupancy: Occupancy | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Yields (index of the request, response) as they finish; ``weights`` are ``engine.cast(params)``.
@@ -81,6 +82,8 @@ def generate(
     Args:
         max_response: tokens that a slot must have room for; longer responses are cut.
         limit: cuts them earlier, without compiling anything.
+        width: cache columns for prompts, where others than these are to run in the same compiled functions; None: as
+            many as the longest has tokens.
 
     Raises:
         InputError: no slots, more shards than slots, or an empty prompt.
@@ -96,7 +99,8 @@ def generate(
     if not requests:
         return
     limit = min(limit or max_response, max_response)
-    host = _Host(engine, requests, slots, shards, max_response, limit)
+    width = width or max(len(r.tokens) for r in requests)
+    host = _Host(engine, requests, slots, shards, max_response, limit, width)
     state = host.start()
     while True:
         state = host.fill(state, weights, seed, step)
@@ -116,17 +120,23 @@ class _Host:
     """What the host knows: who owns which slot, where each started, and the tokens that it has fetched."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], slots: int, shards: int, max_response: int, limit: int
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        slots: int,
+        shards: int,
+        max_response: int,
+        limit: int,
+        width: int,
     ):
         self.engine, self.requests, self.shards = engine, requests, shards
-        self.max_response, self.limit = max_response, limit
+        self.max_response, self.limit, self.width = max_response, limit, width
         # Shards that the same processes hold share a queue, so that rows end where their prompts came from.
         holders = _holders(engine.layout, shards)
         queues: dict[frozenset[int], deque[int]] = {held: deque() for held in holders}
         self.queues = [queues[held] for held in holders]
         for i in range(len(requests)):
             self.queues[i * shards // len(requests)].append(i)
-        self.width = max(len(r.tokens) for r in requests)
         self.owner = np.full(slots, -1)
         self.live = np.zeros(slots, bool)
         self.position = np.zeros(slots, int)
@@ -265,9 +275,11 @@ def make_rollout(engine: Engine, *, max_response: int, slots: int | None = None)
         topk_ids = np.zeros((B, R, engine.support), np.int32)
         topk_logp = np.zeros(topk_ids.shape, engine.float_dtype)
         arrays = (tokens, logp, entropy, topk_ids, topk_logp)
+        width = min(bucket(int(host.lengths.max()), 16), host.tokens.shape[1])  # or every batch would compile
         made = generate(
-            engine, weights, requests, law, seed, step, slots=min(slots or B, B), max_response=R, limit=limit
-        )
+            engine, weights, requests, law, seed, step,
+            slots=min(slots or B, B), max_response=R, limit=limit, width=width,
+        )  # fmt: skip
         for row, response in made:
             lengths[row], stopped[row] = response.length, response.stopped
             made_here = len(response.tokens)

@@ -129,7 +129,8 @@ def start_wandb(run: RunDir, project: str) -> Any:
             id=f"{run.root.name}-{zlib.crc32(f'{os.fspath(run.root)} {began}'.encode()):08x}",
             resume="allow",
             config=yaml.safe_load(run.config.read_text()),
-            dir=None if not _is_local(run.root) else os.fspath(run.root),
+            dir=os.fspath(run.root) if _is_local(run.root) else None,
+            settings={"console": "off"},  # it would copy the live progress line, again and again
         )
     except (wandb.Error, OSError) as e:
         raise InputError(
