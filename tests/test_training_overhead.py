@@ -1,0 +1,140 @@
+"""What a step does besides its programs: nothing compiles after the second, nothing comes to the host unasked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from jax._src.array import ArrayImpl
+
+from opd_jax.sampling.decode import bucket
+from opd_jax.tracking.writers import MetricWriter
+from opd_jax.training import loop
+from opd_jax.training.loop import train
+from opd_jax.training.setup import prepare
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the persistent cache has it
+IMPLICIT = ("__array__", "__int__", "__float__", "__bool__", "__index__", "__iter__", "item", "tolist")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[str]]]:
+    """Step → programs compiled since the row of the step before was written."""
+    by_step: dict[int, list[str]] = {}
+    new: list[str] = []
+
+    def listen(event: str, duration_secs: float, **told: Any) -> None:
+        if event == COMPILED:
+            new.append(told.get("fun_name", ""))
+
+    def counting(self: MetricWriter, step: int, row: Any) -> None:
+        write(self, step, row)
+        by_step[step] = list(new)
+        new.clear()
+
+    write = MetricWriter.write
+    monkeypatch.setattr(MetricWriter, "write", counting)
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield by_step
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("kind", ["opd", "sft"])
+def test_nothing_compiles_after_the_second_step(
+    kind: str, models: Path, tmp_path: Path, compiled: dict[int, list[str]]
+) -> None:
+    """Prompts, responses and packed rows of other lengths at every step; evaluations and checkpoints in between."""
+    rng = np.random.default_rng(0)
+    problems = [" ".join(["2 *"] * n) + " 4" for n in rng.integers(1, 8, 64)]  # 3 … 15 tokens
+    rows = [{"problem": p, "answer": "1", "response": "2 * 4 = 3"} for p in problems]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": str(tmp_path / "rows.jsonl"), "chat": False, "max_prompt": 16}
+    config = tiny_runs.run_config(
+        models, tmp_path / kind, kind, steps=7, checkpoint={"every": 2},
+        data=data | ({"response": "response"} if kind == "sft" else {}),
+        evaluation={"data": data, "problems": 4, "samples": 2, "batch": 8, "every": 2},
+    )  # fmt: skip
+    train(config)
+    assert len(compiled[1]) > 5
+    # between the second row and the third, a first checkpoint
+    assert set(compiled[2] + compiled[3]) <= {"jit(_bit_sums)", "jit(slice)"}, compiled
+    assert not any(compiled[step] for step in range(4, 8)), compiled
+
+
+def test_prompt_widths_are_few(models: Path, tmp_path: Path) -> None:
+    """A batch whose longest prompt has another length runs in the same programs; only a ladder of widths compiles."""
+    setup = prepare(tiny_runs.run_config(models, tmp_path / "run"))
+    engine = setup.graphs.engine(setup.student)
+    weights = engine.cast(setup.state.params)
+    law = loop.rollout_law(setup.config)
+    sizes = []
+    for longest in range(1, 9):
+        prompts: Any = next(setup.batches)
+        prompts = prompts.replace(lengths=np.minimum(prompts.lengths, longest))
+        setup.rollout(weights, prompts, law, 0, longest)
+        prefill: Any = engine.prefill
+        sizes.append(prefill._cache_size())
+    assert len(set(sizes)) == 1
+    assert bucket(1000, 16) == 1024
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts explicit fetches (jax.device_get) and values of arrays that Python asked for by itself.
+
+    jax.transfer_guard_device_to_host sees nothing on CPU, where the host reads device memory in place.
+    """
+    seen: Counter[str] = Counter()
+    inside = [False]
+
+    def explicit(tree: Any) -> Any:
+        seen["explicit"] += 1
+        inside[0] = True
+        try:
+            return device_get(tree)
+        finally:
+            inside[0] = False
+
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", explicit)
+    for name in IMPLICIT:
+        original = getattr(ArrayImpl, name)
+
+        def asked(self: Any, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            if not inside[0]:
+                seen[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(ArrayImpl, name, asked)
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("opd", 6), ("sft", 3)])
+def test_fetches_are_explicit_and_few(
+    kind: str, expected: int, models: Path, tmp_path: Path, fetches: Counter[str]
+) -> None:
+    """Metrics; step and skipped updates; learning rate. A rollout: its prompts, one segment's flags, and its tokens."""
+    setup = prepare(tiny_runs.run_config(models, tmp_path / kind, kind))
+    state, step_fn = setup.state, loop._opd_step if kind == "opd" else loop._sft_step
+    for step in (1, 2):
+        fetches.clear()
+        with jax.transfer_guard_device_to_host("disallow"):  # of use on an accelerator
+            state, _, _ = step_fn(setup, state, step)
+    assert dict(fetches) == {"explicit": expected}
+    for ask in (int, float, np.asarray):  # such would be seen
+        fetches.clear()
+        ask(state.skipped)
+        assert set(fetches) - {"explicit"}, ask
