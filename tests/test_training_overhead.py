@@ -14,7 +14,9 @@ import pytest
 import tiny_runs
 from jax._src.array import ArrayImpl
 
+from opd_jax.config import dump_config
 from opd_jax.sampling.decode import bucket
+from opd_jax.tracking.run_dir import RunDir, open_run, read_rows
 from opd_jax.tracking.writers import MetricWriter
 from opd_jax.training import loop
 from opd_jax.training.loop import train
@@ -63,7 +65,7 @@ def test_nothing_compiles_after_the_second_step(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": str(tmp_path / "rows.jsonl"), "chat": False, "max_prompt": 16}
     config = tiny_runs.run_config(
-        models, tmp_path / kind, kind, steps=7, checkpoint={"every": 2},
+        models, tmp_path / kind, kind, steps=7, checkpoint={"every": 2}, profile=[4, 5],
         data=data | ({"response": "response"} if kind == "sft" else {}),
         evaluation={"data": data, "problems": 4, "samples": 2, "batch": 8, "every": 2},
     )  # fmt: skip
@@ -72,6 +74,30 @@ def test_nothing_compiles_after_the_second_step(
     # between the second row and the third, a first checkpoint
     assert set(compiled[2] + compiled[3]) <= {"jit(_bit_sums)", "jit(slice)"}, compiled
     assert not any(compiled[step] for step in range(4, 8)), compiled
+    look_at(open_run(config.run_dir, dump_config(config), resume=True), kind)
+
+
+def look_at(run: RunDir, kind: str) -> None:
+    """The times of all stages, and what the samples and the profile hold."""
+    stages = {"opd": {"data", "reshard", "rollout", "pack", "score", "update"}, "sft": {"data", "pack", "update"}}[kind]
+    for row in read_rows(run.metrics):
+        timed = {name.removeprefix("time/") for name in row if name.startswith("time/")}
+        # they come after a step, and stand in the row of the next
+        assert timed == stages | ({"evaluation", "checkpoint"} if row["step"] in (3, 5, 7) else set())
+        rates = {name.partition("/")[2] for name in row if name.startswith("tokens_per_second/")}
+        assert rates == stages & {"rollout", "score", "update"}
+        assert "mfu" not in row  # a CPU has no published peak
+    samples = [row for row in read_rows(run.samples) if row["who"] == "student"]
+    assert {row["step"] for row in samples} == {0, 2, 4, 6, 7}
+    for row in samples if kind == "opd" else []:
+        assert len(row["tokens"]) == len(row["kl_by_token"]) <= 10
+        assert "".join(row["tokens"]).strip().startswith(row["response"][:3])
+    if kind == "opd":
+        evaluation = {row["step"]: row["reverse_kl"] for row in read_rows(run.evaluations) if row["who"] == "student"}
+        last = [x for row in samples if row["step"] == 7 for x in row["kl_by_token"]]
+        # four of the eight responses, all ten tokens long
+        assert 0.3 < np.mean(last) / evaluation[7] < 3
+    assert len(list(run.profile.glob("plugins/profile/*/*.xplane.pb"))) == 1
 
 
 def test_prompt_widths_are_few(models: Path, tmp_path: Path) -> None:
