@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import tiny_runs
 
+from opd_jax import hosts
 from opd_jax.checkpoints.export import export_run
 from opd_jax.checkpoints.state import Checkpoints, abstract, best_of, refused_writes
 from opd_jax.config import Config, dump_config, parse_config
@@ -379,3 +382,53 @@ def test_a_run_on_a_full_disk_ends_with_one_message(models: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stdout
     assert names(tmp_path / "run" / "checkpoints") == {"8"}
+
+
+def one_of_two(directory: Path) -> None:
+    """In each of two processes: saves, and restores where the second cannot read its part of step 4."""
+    hosts.start()
+    rows, whole = (Layout(make_mesh()).sharding(axes) for axes in (("batch", None), ()))
+    shardings = jax.tree.map(lambda x: rows if x.ndim == 2 else whole, like())
+    checkpoints = Checkpoints(directory, 9)
+    for step in STEPS:
+        # a jitted copy, since no process can put an array on the devices of both
+        state = jax.jit(lambda state: state, out_shardings=shardings)(jax.device_get(state_of(step)))
+        checkpoints.save(step, state, {"next": step})
+    checkpoints.close()
+    read = ocp.StandardCheckpointHandler.restore
+
+    def restore(self: Any, path: Any, **arguments: Any) -> Any:
+        if jax.process_index() == 1 and path.parent.name == "4":
+            raise ValueError("DATA_LOSS: a shard")
+        return read(self, path, **arguments)
+
+    ocp.StandardCheckpointHandler.restore = restore  # pyright: ignore[reportAttributeAccessIssue]
+    found = Checkpoints(directory, 9).restore(abstract(like(), shardings))
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, hosts.fetch(found[0]), jax.device_get(state_of(2)))
+    assert found[1] == {"next": 2}
+
+
+@pytest.mark.exhaustive
+def test_processes_skip_the_same(tmp_path: Path) -> None:
+    """What one of two processes cannot read, both skip; it is moved aside once."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    program = "import sys, pathlib, conftest, test_checkpoints_state as t; t.one_of_two(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"OPD_COORDINATOR": f"127.0.0.1:{port}", "OPD_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=Path(__file__).parent,
+            env=environment | {"OPD_PROCESS_ID": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [" ".join(process.communicate(timeout=200)[1].split()) for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    assert f"{tmp_path}/4: damaged (on another process); skipped" in errors[0]
+    assert f"{tmp_path}/4: damaged (DATA_LOSS: a shard); skipped" in errors[1]
+    assert sum("moved to damaged-4" in text for text in errors) == 1
+    assert names(tmp_path) == {"2", "damaged-4"}
