@@ -204,6 +204,9 @@ EXPORT = [
     (["{run}", "{models}"], "exists and is not empty"),
     (["{run}", "out", "--dtype", "float16"], "--dtype"),
     (["{strange}", "out"], "names no student.path"),
+    (["{run}", "out", "--push", "a/b/c"], "--push a/b/c: not a repository's name"),
+    (["{run}", "out", "--private"], "--private: is of the repository that --push names"),
+    (["{run}", "gs://bucket/out", "--push", "me/student"], "uploads a local directory"),
 ]
 REPORT = [
     (["absent"], "absent: no run here"),

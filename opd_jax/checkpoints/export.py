@@ -32,7 +32,7 @@ def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float
     check_target(out)
     try:
         settings = yaml.safe_load(run.config.read_text())
-        student, metric = settings["student"]["path"], settings["checkpoint"].get("best")
+        student, metric = settings["student"]["path"], settings.get("checkpoint", {}).get("best")
     except (yaml.YAMLError, KeyError, TypeError) as e:
         raise InputError(f"{run.config}: names no student.path; it is not the configuration of a run") from e
     config = load_config(student)
