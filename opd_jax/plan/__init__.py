@@ -47,11 +47,11 @@ def plan_run(
         raise InputError(f"--mean-response {mean_response}: expected 1 … {config.rollout.max_response} (max_response)")
     build = functools.partial(_programs, topology=topology, student=student, teacher=teacher)
     programs = build(config)
-    compile = _Compiler(topology.usable)
-    lines = compile(programs, None, caches)
+    compiled = _Compiler(topology.usable)
+    lines = compiled(programs, None, caches)
     found = None
     if search and not all(line.fits for line in lines if line.needed):
-        found = nearest(config, build, compile, topology.usable, len(topology.devices))
+        found = nearest(config, build, compiled, topology.usable, len(topology.devices))
     costs, tokens = _costs(found.config if found else config, build, student, teacher, mean_response)
     plan = Plan(topology, config, programs, lines, costs, tokens, found)
     show(plan)

@@ -47,7 +47,7 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
     return parse_config(tree)
 
 
-def nearest(config: Config, build: Build, compile: Compile, usable: int, devices: int) -> Found | None:
+def nearest(config: Config, build: Build, compiled: Compile, usable: int, devices: int) -> Found | None:
     """Tries meshes from the configuration's own to more and more sharded ones; None: nothing fits."""
     for mesh in meshes(config, devices):
         try:
@@ -57,12 +57,12 @@ def nearest(config: Config, build: Build, compile: Compile, usable: int, devices
             continue
         if _floor(programs) > usable:
             continue
-        settings = _fit(config, mesh, programs, build, compile, usable)
+        settings = _fit(config, mesh, programs, build, compiled, usable)
         if settings is None:
             continue
         for _ in range(_TRIES):
             final = changed(config, settings)
-            lines = compile(build(final), None)
+            lines = compiled(build(final), None)
             if all(line.fits for line in lines if line.needed):
                 return Found([f"{k}={v}" for k, v in settings.items()], lines, final)
             fewer = _fewer_slots(lines, build(final), usable)
@@ -92,16 +92,16 @@ def _floor(programs: Programs) -> int:
 
 
 def _fit(
-    config: Config, mesh: dict[str, Any], programs: Programs, build: Build, compile: Compile, usable: int
+    config: Config, mesh: dict[str, Any], programs: Programs, build: Build, compiled: Compile, usable: int
 ) -> dict[str, Any] | None:
     """Passes, remat, slots and evaluation batch for a mesh; None: its fixed parts do not fit."""
     settings = dict(mesh)
-    lines = {line.name: line for line in compile(programs, None)}
+    lines = {line.name: line for line in compiled(programs, None)}
     fixed = [name for name in lines if "weights" in name]
     if any(not lines[name].fits for name in fixed):
         return None
     if any(not lines[name].fits for name in OF_ROWS if name in lines):
-        found = _smaller_passes(config, settings, lines, programs, build, compile, usable)
+        found = _smaller_passes(config, settings, lines, programs, build, compiled, usable)
         if found is None:
             return None
         settings = found
@@ -137,7 +137,7 @@ def _smaller_passes(
     lines: dict[str, Line],
     programs: Programs,
     build: Build,
-    compile: Compile,
+    compiled: Compile,
     usable: int,
 ) -> dict[str, Any] | None:
     """The largest micro_batch that fits, or the smallest with full remat."""
@@ -145,7 +145,7 @@ def _smaller_passes(
     names = [name for name in OF_ROWS if name in lines]
 
     def worst(try_: dict[str, Any]) -> dict[str, Line]:
-        return {line.name: line for line in compile(build(changed(config, try_)), names)}
+        return {line.name: line for line in compiled(build(changed(config, try_)), names)}
 
     for remat in dict.fromkeys((config.remat, "full")):
         base = settings | ({"remat": remat} if remat != config.remat else {})
