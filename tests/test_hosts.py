@@ -127,6 +127,7 @@ def start(
     watch = {"notes": str(root / f"{name}.notes"), "run": config.run_dir, "at": at, "signal": int(number)}
     cache = str(ROOT / ".cache" / "jax")
     environment = os.environ | {"OPD": str(root / "watched_opd"), "PORT": str(free_port()), "WATCH": json.dumps(watch)}
+    environment |= {"TRANSFORMERS_VERBOSITY": "error"}  # as the command sets it, before anything is imported
     command = [ROOT / "launch/local_processes.sh", str(processes), str(8 // processes), root / f"{name}.yaml"]
     return subprocess.Popen(
         [*map(str, command), *options],
@@ -179,17 +180,20 @@ def two(root: Path) -> tuple[Path, str]:
     return Path(config.run_dir), out
 
 
+@pytest.mark.exhaustive
 def test_two_processes_give_the_numbers_of_one(one: Path, two: tuple[Path, str]) -> None:
     assert_same_numbers(two[0], one)
     assert json.loads((two[0] / "environment.json").read_text())[0]["process_count"] == 2
     assert (two[0] / "report.html").exists()
 
 
+@pytest.mark.exhaustive
 def test_each_process_touches_only_its_rows(root: Path, two: tuple[Path, str]) -> None:
     first, second = set(range(ROWS // 2)), set(range(ROWS // 2, ROWS))
     assert notes(root, "two") == ([first, second], [first, second])
 
 
+@pytest.mark.exhaustive
 def test_only_process_0_speaks(two: tuple[Path, str]) -> None:
     lines = two[1].splitlines()
     assert any(f"two  {STEPS}/{STEPS}" in line for line in lines)

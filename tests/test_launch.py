@@ -127,6 +127,7 @@ def test_tpu_pod_waits_again_when_the_connection_breaks(stubs: Stubs) -> None:
     assert called.count("opd train") == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("codes", "expected", "runs"), [("2 0", 2, 1), ("3 3 3 3", 3, 3), ("137 0", 137, 1)])
 def test_tpu_pod_gives_up(codes: str, expected: int, runs: int, stubs: Stubs) -> None:
     (stubs.home / "state").write_text("READY\n")

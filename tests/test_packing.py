@@ -254,6 +254,7 @@ def test_batches_of_any_fill_compile_once() -> None:
     assert len(set(computed)) > 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("sizes", "micro_batch", "separate"),
     [

@@ -91,6 +91,7 @@ def test_more_cpu_devices_than_there_are() -> None:
         find_topology("cpu-64")
 
 
+@pytest.mark.exhaustive
 def test_without_libtpu(models: Path, tmp_path: Path) -> None:
     """The command says what to install, with code 2 and no traceback."""
     config = tmp_path / "run.yaml"

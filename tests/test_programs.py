@@ -68,7 +68,9 @@ def gathered(program: str) -> set[tuple[int, ...]]:
     )
 
 
-@pytest.mark.parametrize("objective", ["full", "topk", "sampled"])
+@pytest.mark.parametrize(
+    "objective", ["full", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("topk", "sampled"))]
+)
 def test_no_logits_of_all_tokens_over_the_whole_vocabulary(objective: str) -> None:
     """With the head sharded over its vocabulary, nothing but weights (and what updates them) is as wide as that."""
     program = update_program((2, 2, 2), objective)

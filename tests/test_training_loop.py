@@ -47,6 +47,7 @@ def test_parts_of_a_batch_hold_every_row_once() -> None:
         np.testing.assert_array_equal(part.tokens, np.asarray(rollouts.tokens)[np.asarray(part.prompts.ids)])
 
 
+@pytest.mark.exhaustive
 def test_several_updates_on_each_batch_of_rollouts(models: Path, tmp_path: Path) -> None:
     """Two updates a step, each on half of the rows; a resumed run goes on with the step after."""
     settings: dict[str, Any] = {"objective": {"name": "sampled", "k": 4, "correction": "tis"}}
@@ -65,6 +66,7 @@ def test_several_updates_on_each_batch_of_rollouts(models: Path, tmp_path: Path)
     assert np.isfinite(rows_of(longer)[2]["loss"])
 
 
+@pytest.mark.exhaustive
 def test_response_length_as_a_schedule(models: Path, tmp_path: Path) -> None:
     """No response is longer than the schedule allows, and at its last step some are as long as max_response."""
     rollout = {"prompts": 4, "samples": 2, "max_response": 10, "length": {"start": 2, "steps": 5}}
@@ -149,6 +151,7 @@ def test_a_batch_that_is_not_finite_is_kept_and_the_run_goes_on(
     assert "loss or gradient not finite" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_learns_nothing_any_more_ends(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The count goes on across a resume: one skipped before the stop, two after it."""
     monkeypatch.setattr(loop, "prepare", functools.partial(with_nan_teacher, {2}))
@@ -160,7 +163,7 @@ def test_a_run_that_learns_nothing_any_more_ends(models: Path, tmp_path: Path, m
     assert [row["step"] for row in rows_of(config)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("alarm", ["off", "warn", "stop"])
+@pytest.mark.parametrize("alarm", ["stop", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("off", "warn"))])
 def test_the_alarm_in_a_run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alarm: str) -> None:
     """What ``collapse`` says is tested by itself; here what the loop does with it."""
     monkeypatch.setattr(loop, "collapse", lambda history: "overlap fell" if len(history) == 3 else None)

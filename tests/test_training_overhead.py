@@ -54,6 +54,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[str]]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["opd", "sft"])
 def test_nothing_compiles_after_the_second_step(
     kind: str, models: Path, tmp_path: Path, compiled: dict[int, list[str]]

@@ -133,6 +133,7 @@ def assert_same_run(root: Path, name: str, kind: str) -> None:
     assert kept == of_straight
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_ends_like_one_that_was_not(root: Path, name: str) -> None:
     kind, killed_at, checkpoint = KILLED[name]
