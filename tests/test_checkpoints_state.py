@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -439,3 +440,23 @@ def test_processes_skip_the_same(tmp_path: Path) -> None:
     assert f"{tmp_path}/4: damaged (DATA_LOSS: a shard); skipped" in errors[1]
     assert sum("moved to damaged-4" in text for text in errors) == 1
     assert names(tmp_path) == {"2", "damaged-4"}
+
+
+def test_two_runs_in_threads_save_at_once(tmp_path: Path) -> None:
+    """As the demo does. Orbax by itself waits for ever; the threads are daemons, so that a failure ends."""
+    checkpoints = [Checkpoints(tmp_path / str(i), keep=1) for i in range(2)]
+    together, state = threading.Barrier(2), {"w": jnp.ones((64, 64))}
+
+    def run(mine: Checkpoints) -> None:
+        for step in range(1, 7):
+            together.wait()
+            mine.save(step, state, {})
+        mine.close()
+
+    threads = [threading.Thread(target=run, args=(mine,), daemon=True) for mine in checkpoints]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [sorted(p.name for p in (tmp_path / str(i)).iterdir()) for i in range(2)] == [["6"], ["6"]]

@@ -151,7 +151,11 @@ def rows(run: Path, log: str) -> list[dict[str, Any]]:
 
 
 def assert_same_numbers(got: Path, want: Path) -> None:
-    assert rows(got, "samples") == rows(want, "samples")
+    texts, wanted = rows(got, "samples"), rows(want, "samples")
+    for a, b in zip(texts, wanted, strict=True):
+        # written with six digits, which rounding on another mesh may turn
+        np.testing.assert_allclose(a.pop("kl_by_token", 0), b.pop("kl_by_token", 0), rtol=1e-4, atol=1e-5)
+    assert texts == wanted
     assert len(rows(got, "metrics")) == STEPS
     for log in ("metrics", "evaluations"):
         pairs = list(zip(rows(got, log), rows(want, log), strict=True))

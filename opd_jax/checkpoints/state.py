@@ -10,6 +10,8 @@ import logging
 import math
 import os
 import sys
+import threading
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -33,6 +35,12 @@ _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 # Of errors while reading: these say nothing about what is stored.
 _NOT_DAMAGE = (PermissionError, ConnectionError, TimeoutError)
 _NOT_DAMAGE_CODES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+
+
+# Orbax numbers its operations by process: of two runs in threads that save at once, each waits for ever for signals
+# under the other's number.
+_one_at_a_time = threading.Lock()
+_managers: weakref.WeakSet[ocp.CheckpointManager] = weakref.WeakSet()
 
 
 class Checkpoints:
@@ -60,6 +68,7 @@ class Checkpoints:
         with self._writing():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._pending: int | None = None
+        _managers.add(self._manager)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax asks which checkpoints to keep; only process 0, which has the evaluations, deletes."""
@@ -80,8 +89,10 @@ class Checkpoints:
         saved["crc"] = _crc(saved)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved))
         self._pending = step
-        with self._writing():
+        with self._writing(), _one_at_a_time:
             self._manager.save(step, args=items, force=True)
+            if len(_managers) > 1:
+                self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises what ``save`` raises as soon as it is known, so that no step is computed in vain."""
@@ -132,6 +143,7 @@ class Checkpoints:
         """Waits for pending writes. Raises what ``save`` raises."""
         self._wait()
         self._manager.close()
+        _managers.discard(self._manager)
 
     def _wait(self) -> None:
         with self._writing():
