@@ -78,6 +78,20 @@ class Layout:
                 )
 
 
+def batch_shards(layout: Layout | None) -> int:
+    """Parts that the row axis is cut into."""
+    return math.prod(layout.mesh.shape[axis] for axis in dict(layout.table)["batch"]) if layout else 1
+
+
+def shard_holders(layout: Layout | None) -> list[frozenset[int]]:
+    """Of every batch shard the processes that hold it."""
+    held: list[set[int]] = [set() for _ in range(batch_shards(layout))]
+    if layout:
+        for device, index in layout.sharding(("batch",)).devices_indices_map((len(held),)).items():
+            held[index[0].start or 0].add(device.process_index)
+    return [frozenset(h) for h in held]
+
+
 def constrain(x: Array, axes: Axes, layout: Layout | None) -> Array:
     """``layout.constrain`` where there is a layout; a model called without one (a notebook, an oracle test) is free."""
     return x if layout is None else layout.constrain(x, axes)

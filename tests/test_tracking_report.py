@@ -271,3 +271,14 @@ def test_tokens_are_coloured_by_their_divergence(tmp_path):
     assert re.sub(r"<.*?>", "", shown).startswith("a &lt;b&gt;\n&lt;/pre&gt;")
     assert "script" not in page.tags
     assert "cut short" in page.text  # values that do not fit the tokens are not drawn
+
+
+def test_an_alarm_is_in_the_report(tmp_path):
+    run = _run(tmp_path / "run")
+    assert "Signs of a collapse" not in _page(run, tmp_path / "quiet.html")
+    lines = run.metrics.read_text().splitlines()
+    lines[7] = json.dumps(json.loads(lines[7]) | {"alarm": "overlap went from 0.80 to 0.41"})
+    run.metrics.write_text("\n".join(lines) + "\n")
+    page = _page(run, tmp_path / "loud.html")
+    assert "Signs of a collapse" in page
+    assert "overlap went from 0.80 to 0.41" in page

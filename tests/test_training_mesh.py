@@ -16,10 +16,9 @@ from tiny_runs import VOCAB, distance
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.errors import InputError
-from opd_jax.mesh import Layout, make_mesh
+from opd_jax.mesh import Layout, batch_shards, make_mesh
 from opd_jax.models.decoder import parameter_shardings
 from opd_jax.objectives.opd import opd_loss
-from opd_jax.sampling.packing import batch_shards
 from opd_jax.training import setup as training_setup
 from opd_jax.training.graphs import rows_per_pass
 from opd_jax.training.setup import Setup, prepare, rollout_law

@@ -133,7 +133,7 @@ def _update(
 ) -> Cost:
     width = 2 if config.dtype == "bfloat16" else 4
     tokens, passes = rows * length, _passes(config, rows, length, sizes)
-    recomputed = {"none": 0.0, "dots": 0.1, "full": 1.0, "offload": 0.1}[config.remat]
+    recomputed = {"none": 0.0, "dots": 0.1, "full": 1.0, "offload": 1.0}[config.remat]
     flops = (3 + recomputed) * forward_flops(c, tokens, tokens * length / 2)
     answers = rows * sizes.mean_response
     measured = 1 / config.metrics_every

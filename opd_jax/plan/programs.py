@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax.config import Config, Positions
-from opd_jax.mesh import ROLLOUT, Axes, Layout
+from opd_jax.mesh import ROLLOUT, Axes, Layout, batch_shards
 from opd_jax.models.decoder import (
     DecoderConfig,
     abstract_params,
@@ -23,7 +23,7 @@ from opd_jax.models.decoder import (
 )
 from opd_jax.sampling.decode import SEGMENT, Engine, bucket
 from opd_jax.sampling.law import Law
-from opd_jax.sampling.packing import batch_shards, sequence_shapes
+from opd_jax.sampling.packing import sequence_shapes
 from opd_jax.training.graphs import Graphs, make_graphs, rows_per_pass
 from opd_jax.training.state import TrainState
 from opd_jax.types import Params, Sequences

@@ -6,7 +6,6 @@ and a pass over rows that hold nothing does not run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from opd_jax.errors import InputError
-from opd_jax.mesh import Layout
+from opd_jax.mesh import Layout, batch_shards, shard_holders
 from opd_jax.types import Metrics, Rollouts, Sequences
 
 
@@ -136,19 +135,11 @@ def place(
 
 
 def _owners(layout: Layout | None) -> tuple[list[int], np.ndarray]:
-    """Of every batch shard: the process that fills it (the first of those that hold it), and whether this one does."""
+    """Of every batch shard: a number that shards share which the same processes hold, and whether this one holds it."""
     if layout is None:
         return [0], np.ones(1, bool)
-    shards = batch_shards(layout)
-    holders: list[set[int]] = [set() for _ in range(shards)]
-    for device, index in layout.sharding(("batch",)).devices_indices_map((shards,)).items():
-        holders[index[0].start or 0].add(device.process_index)
-    return [min(h) for h in holders], np.array([jax.process_index() in h for h in holders])
-
-
-def batch_shards(layout: Layout | None) -> int:
-    """Parts that the row axis is cut into."""
-    return math.prod(layout.mesh.shape[axis] for axis in dict(layout.table)["batch"]) if layout else 1
+    holders = shard_holders(layout)
+    return [holders.index(h) for h in holders], np.array([jax.process_index() in h for h in holders])
 
 
 def over_passes(

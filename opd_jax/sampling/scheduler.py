@@ -17,7 +17,7 @@ import numpy as np
 
 from opd_jax import hosts
 from opd_jax.errors import InputError
-from opd_jax.mesh import Layout
+from opd_jax.mesh import batch_shards, shard_holders
 from opd_jax.sampling.decode import SEGMENT, Emitted, Engine, Slots, bucket
 from opd_jax.sampling.law import Law
 from opd_jax.types import Params, Prompts, Rollouts
@@ -88,7 +88,7 @@ def generate(
     Raises:
         InputError: no slots, more shards than slots, or an empty prompt.
     """
-    shards = _ways(engine.layout)
+    shards = batch_shards(engine.layout)
     if slots < 1 or slots % shards:
         raise InputError(
             f"slots = {slots}: must be a positive multiple of the {shards} batch shards (mesh.data × mesh.fsdp)."
@@ -132,7 +132,7 @@ class _Host:
         self.engine, self.requests, self.shards = engine, requests, shards
         self.max_response, self.limit, self.width = max_response, limit, width
         # Shards that the same processes hold share a queue, so that rows end where their prompts came from.
-        holders = _holders(engine.layout, shards)
+        holders = shard_holders(engine.layout)
         queues: dict[frozenset[int], deque[int]] = {held: deque() for held in holders}
         self.queues = [queues[held] for held in holders]
         for i in range(len(requests)):
@@ -303,18 +303,3 @@ def _own_rows(emitted: Emitted) -> tuple[list[int], tuple[np.ndarray, ...]]:
     starts = sorted(pieces[0])
     rows = [start + i for start in starts for i in range(len(pieces[0][start]))]
     return rows, tuple(np.concatenate([p[s] for s in starts]) for p in pieces)
-
-
-def _holders(layout: Layout | None, shards: int) -> list[frozenset[int]]:
-    """The processes that hold each batch shard."""
-    held: list[set[int]] = [set() for _ in range(shards)]
-    if layout:
-        for device, index in layout.sharding(("batch",)).devices_indices_map((shards,)).items():
-            held[index[0].start or 0].add(device.process_index)
-    return [frozenset(h) for h in held]
-
-
-def _ways(layout: Layout | None) -> int:
-    if layout is None:
-        return 1
-    return int(np.prod([layout.mesh.shape[a] for a in dict(layout.table)["batch"]]))

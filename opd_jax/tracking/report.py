@@ -48,7 +48,7 @@ def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike) -> None:
     parts = [f"<h1>{_text(title)}</h1>", _comparison(loaded) if len(loaded) > 1 else ""]
     parts += [_summary(run, several=len(loaded) > 1) for run in loaded]
     parts += [_training_curves(loaded)]
-    for section in (_position_curves, _time, _samples, _settings):
+    for section in (_alarms, _position_curves, _time, _samples, _settings):
         parts += [section(run, several=len(loaded) > 1) for run in loaded]
     write_atomically(epath.Path(path), _page(title, "\n".join(filter(None, parts))))
 
@@ -206,6 +206,14 @@ def _position_curves(run: _Run, several: bool) -> str:
         for name in plots.position_names(run.metrics)
     ]
     return _plots("By output position" + _of(run, several), figures)
+
+
+def _alarms(run: _Run, several: bool) -> str:
+    """Where the run may have collapsed (``training/alarm.py``)."""
+    rows = [[row["step"], row["alarm"]] for row in run.metrics if row.get("alarm")]
+    if not rows:
+        return ""
+    return f"<h2>Signs of a collapse{_text(_of(run, several))}</h2>{_table(['step', 'what left its level'], rows)}"
 
 
 def _time(run: _Run, several: bool) -> str:

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from opd_jax.config import Config
 from opd_jax.evaluation.heldout import make_measure
-from opd_jax.mesh import ROLLOUT, Layout
+from opd_jax.mesh import ROLLOUT, Layout, batch_shards
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
 from opd_jax.sampling.decode import Engine, make_engine
-from opd_jax.sampling.packing import batch_shards, pack, pack_texts
+from opd_jax.sampling.packing import pack, pack_texts
 from opd_jax.teacher import make_score
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.state import TrainState, state_shardings

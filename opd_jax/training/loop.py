@@ -89,10 +89,9 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                     checkpoints.close()
                     raise Failed(watch.failure)
                 if config.pack and step == done + 1:
-                    saved = (
-                        f"padding: {row['padding']:.0%} of the tokens computed, {row['padding_unpacked']:.0%} unpacked"
+                    console.print(
+                        f"padding: {row['padding']:.0%} of the tokens, {row['padding_unpacked']:.0%} unpacked"
                     )
-                    console.print(saved)
                 between = _Clock()
                 last, stopping = step == config.steps, hosts.agree(stop is not None and stop.is_set())
                 scores = None
