@@ -1,6 +1,7 @@
 """Plots and the HTML report: axes, data, missing keys, hostile texts, no reference to the network."""
 
 import html.parser
+import json
 import math
 import re
 
@@ -275,10 +276,10 @@ def test_tokens_are_coloured_by_their_divergence(tmp_path):
 
 def test_an_alarm_is_in_the_report(tmp_path):
     run = _run(tmp_path / "run")
-    assert "Signs of a collapse" not in _page(run, tmp_path / "quiet.html")
+    assert "Signs of a collapse" not in _page(run, tmp_path / "quiet.html")[0]
     lines = run.metrics.read_text().splitlines()
     lines[7] = json.dumps(json.loads(lines[7]) | {"alarm": "overlap went from 0.80 to 0.41"})
     run.metrics.write_text("\n".join(lines) + "\n")
-    page = _page(run, tmp_path / "loud.html")
+    page, _ = _page(run, tmp_path / "loud.html")
     assert "Signs of a collapse" in page
     assert "overlap went from 0.80 to 0.41" in page
