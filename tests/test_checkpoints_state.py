@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full_disk: Any) 
     before = content(tmp_path / "2")
     checkpoints = Checkpoints(tmp_path, 1)
     full_disk(1000)
-    checkpoints.save(4, state_of(4), {"data": {"next": 28}, "skipped_in_a_row": 0})
     with pytest.raises(InputError, match=r"cannot be written \(File too large\).*the last checkpoint is step 2"):
-        checkpoints.close()
+        checkpoints.save(4, state_of(4), {"data": {"next": 28}, "skipped_in_a_row": 0})
+        checkpoints.close()  # refused here, or above where another run in this process is still open
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert content(tmp_path / "2") == before
     restored(tmp_path, 2)
@@ -255,7 +256,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full_disk: Any) 
     assert names(tmp_path) == {"6"}  # nor is there what was half-written
 
 
-def test_a_failed_write_is_told_at_the_next_step(tmp_path: Path, full_disk: Any) -> None:
+def test_a_failed_write_is_told_at_the_next_step(
+    tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_jax.checkpoints.state._managers", weakref.WeakSet())  # other tests' may be still open
     checkpoints = Checkpoints(tmp_path, 1)
     full_disk(1000)
     checkpoints.save(4, state_of(4), {})
