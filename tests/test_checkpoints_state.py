@@ -233,8 +233,10 @@ def test_best_of() -> None:
 
 
 @pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """``full_disk(bytes)``: no file can grow beyond; the kernel's limit, so that all libraries meet it."""
+    # A manager that an earlier test left open would make every save wait, and raise at once.
+    monkeypatch.setattr("opd_jax.checkpoints.state._managers", weakref.WeakSet())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -245,9 +247,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full_disk: Any) 
     before = content(tmp_path / "2")
     checkpoints = Checkpoints(tmp_path, 1)
     full_disk(1000)
+    checkpoints.save(4, state_of(4), {"data": {"next": 28}, "skipped_in_a_row": 0})
     with pytest.raises(InputError, match=r"cannot be written \(File too large\).*the last checkpoint is step 2"):
-        checkpoints.save(4, state_of(4), {"data": {"next": 28}, "skipped_in_a_row": 0})
-        checkpoints.close()  # refused here, or above where another run in this process is still open
+        checkpoints.close()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert content(tmp_path / "2") == before
     restored(tmp_path, 2)
@@ -256,10 +258,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, full_disk: Any) 
     assert names(tmp_path) == {"6"}  # nor is there what was half-written
 
 
-def test_a_failed_write_is_told_at_the_next_step(
-    tmp_path: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("opd_jax.checkpoints.state._managers", weakref.WeakSet())  # other tests' may be still open
+def test_a_failed_write_is_told_at_the_next_step(tmp_path: Path, full_disk: Any) -> None:
     checkpoints = Checkpoints(tmp_path, 1)
     full_disk(1000)
     checkpoints.save(4, state_of(4), {})
