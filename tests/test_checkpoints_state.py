@@ -365,10 +365,11 @@ def test_accuracy_needs_answers(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+# 60,000 bytes: only the arrays of a checkpoint are larger
 FULL = (
     "import resource, sys; from opd_jax.checkpoints.state import Checkpoints; save = Checkpoints.save\n"
     "def full(self, step, *rest):\n"
-    "    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
+    "    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))\n"
     "    save(self, step, *rest)\n"
     "Checkpoints.save = full if 'full' in sys.argv else save\n"
     "sys.argv = ['opd', *[a for a in sys.argv[1:] if a != 'full']]\n"
