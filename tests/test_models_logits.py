@@ -14,7 +14,16 @@ import small_models
 
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.cache import Cache
-from opd_jax.models.decoder import DecoderConfig, decode_layout, decode_step, forward, head, prefill, unembed
+from opd_jax.models.decoder import (
+    DecoderConfig,
+    decode_ends,
+    decode_layer,
+    decode_step,
+    forward,
+    head,
+    prefill,
+    unembed,
+)
 from opd_jax.models.hf import load_model, save_model
 from opd_jax.sampling.decode import make_engine
 from opd_jax.sampling.law import Law
@@ -33,7 +42,8 @@ def logits_of(params: Params, c: DecoderConfig, tokens: Any, positions: Any, seg
 @functools.partial(jax.jit, static_argnums=(1, 5))
 def greedy(params: Params, c: DecoderConfig, tokens: Any, positions: Any, segments: Any, n: int) -> Any:
     """``n`` greedy tokens a row and the logits they were chosen from, through the cache."""
-    weights = decode_layout(params, c, jnp.float32)
+    layers = [decode_layer(params["layers"], i, c, jnp.float32) for i in range(c.layers)]
+    weights = decode_ends(params, c, jnp.float32) | {"layers": layers}
     rows, width = tokens.shape
     cache = Cache.empty(c.layers, rows, width + n, c.kv_heads, c.head_dim, jnp.float32)
     hidden, cache = prefill(weights, c, tokens, positions, segments, cache)

@@ -138,6 +138,7 @@ def test_a_tiny_run_on_simulated_devices(models: Path) -> None:
     result = plan_run(settings(models, mesh={"data": 1, "fsdp": 8}), "cpu-8", caches=())
     lines = {line["name"]: line for line in result["programs"]}
     assert list(lines) == [
+        "weights for the rollout: ends",
         "weights for the rollout",
         "prefill",
         "prompts into slots",
@@ -160,7 +161,7 @@ def test_a_tiny_run_on_simulated_devices(models: Path) -> None:
 
 def test_a_line_that_does_not_fit_says_by_how_many_bytes(models: Path) -> None:
     programs = Programs(settings(models), make_mesh(), STUDENT, TEACHER)
-    program = programs.cast("weights", STUDENT, programs.state.params)
+    program, _ = programs.cast("weights", STUDENT, programs.state.params)
     whole = compile_line(program, 10**9)
     assert whole.fits
     short = compile_line(program, whole.total - 1000)

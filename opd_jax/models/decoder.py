@@ -1,7 +1,7 @@
 """One decoder for Llama, Qwen2, Qwen3, Mistral and their kin: families differ by fields, not by classes.
 
 Weights are a plain dict; Flax NNX modules are built around them at trace time and do not leave this file. Training and
-scoring scan stacked layers (``forward``); sampling uses per-layer weights in compute precision (``decode_layout``,
+scoring scan stacked layers (``forward``); sampling uses per-layer weights in compute precision (``decode_layer``,
 ``prefill``, ``decode_step``). All of them return hidden states: ``unembed``, or a loss, meets the head.
 
 Weight shapes are those of Hugging Face checkpoints, [out, in], with the head axis split off and layers stacked.
@@ -263,17 +263,18 @@ def _saving(block: Callable, remat: str) -> Callable:
     return jax.checkpoint(lambda x, inputs: block(checkpoint_name(x, _INPUT), inputs), policy=policy)
 
 
-def decode_layout(params: Params, c: DecoderConfig, dtype: Any, layout: Layout | None = None) -> Params:
-    """Weights for sampling: cast once, one dict per layer (indexing stacked weights in the decode loop costs a third),
-    resharded by ``layout``'s table, so that the loop holds no parameter-sized collective."""
+def decode_layer(
+    stacked: dict[str, Array], i: Array | int, c: DecoderConfig, dtype: Any, layout: Layout | None = None
+) -> dict[str, Array]:
+    """Layer i of the stacked weights for sampling: cast, and resharded by ``layout``'s table once, so that the decode
+    loop holds no parameter-sized collective. Apart, since indexing stacked weights in that loop costs a third."""
+    return {k: constrain(stacked[k][i].astype(dtype), s.axes, layout) for k, s in layer_specs(c).items()}
+
+
+def decode_ends(params: Params, c: DecoderConfig, dtype: Any, layout: Layout | None = None) -> Params:
+    """As ``decode_layer``, what is not in a layer: embedding, last norm, head."""
     specs = parameter_specs(c)
-
-    def place(name: str, w: Array, spec: Spec) -> Array:
-        return constrain(w.astype(dtype), spec.axes, layout)
-
-    layer = layer_specs(c)
-    per_layer = [{k: place(k, w[i], layer[k]) for k, w in params["layers"].items()} for i in range(c.layers)]
-    return {k: place(k, w, specs[k]) for k, w in params.items() if k != "layers"} | {"layers": per_layer}
+    return {k: constrain(w.astype(dtype), specs[k].axes, layout) for k, w in params.items() if k != "layers"}
 
 
 def prefill(
@@ -285,7 +286,7 @@ def prefill(
     cache: Cache,
     layout: Layout | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Runs prompts (right-aligned) through ``decode_layout`` weights; the cache's columns 0 … P−1 are filled.
+    """Runs prompts (right-aligned) through ``decode_layer`` weights; the cache's columns 0 … P−1 are filled.
 
     Returns the hidden state of the last column, which predicts the first response token.
     """

@@ -92,10 +92,10 @@ class Programs:
         if self.teacher is None:
             found = [self.update()]
             if evaluation.data:
-                found.insert(0, self.cast("weights for the evaluation", self.student, self.state.params))
+                found = [*self.cast("weights for the evaluation", self.student, self.state.params), *found]
         else:
             found = [
-                self.cast("weights for the rollout", self.student, self.state.params),
+                *self.cast("weights for the rollout", self.student, self.state.params),
                 self.prefill(),
                 self.place(),
                 self.segment("rollout segment", self.student, self.slots, prompt + longest),
@@ -109,7 +109,7 @@ class Programs:
             if self.teacher:
                 found += [
                     self.measure(rows),
-                    self.cast("evaluation: teacher's weights", self.teacher, self.weights),
+                    *self.cast("evaluation: teacher's weights", self.teacher, self.weights),
                     self.segment("evaluation: teacher's segment", self.teacher, rows, length),
                 ]
         return found + [
@@ -123,11 +123,31 @@ class Programs:
         rows, ways = min(evaluation.batch, evaluation.problems * evaluation.samples), self.shards
         return -(-rows // ways) * ways
 
-    def cast(self, name: str, network: DecoderConfig, params: Any) -> Program:
-        resident = dict(self.always)
+    def cast(self, name: str, network: DecoderConfig, params: Any) -> list[Program]:
+        """Embedding and head, then layer by layer: two programs."""
         part = "master weights" if network is self.student else "teacher"
-        arguments = {part: resident.pop(part)}
-        return Program(name, lambda: self.graphs.engine(network).cast.lower(params), arguments, resident, self._mesh)
+        beside = {k: v for k, v in self.always.items() if k != part}
+        made = self._decode_weights(network)
+        stacked, ends = params["layers"], {k: w for k, w in params.items() if k != "layers"}
+        kept_layers, kept_ends = per_chip(made["layers"]), per_chip({k: w for k, w in made.items() if k != "layers"})
+        one = kept_layers // network.layers
+        engine = lambda: self.graphs.engine(network)  # noqa: E731
+        return [
+            Program(
+                f"{name}: ends",
+                lambda: engine().ends.lower(ends),
+                {part: per_chip(ends)},
+                beside | {f"other {part}": per_chip(stacked)},
+                self._mesh,
+            ),
+            Program(
+                name,
+                lambda: engine().layer.lower(stacked, 0),
+                {part: per_chip(stacked)},
+                beside | {f"other {part}": per_chip(ends), "decode weights": kept_ends + kept_layers - one},
+                self._mesh,
+            ),
+        ]
 
     def prefill(self) -> Program:
         engine, weights, slots = self._filling()

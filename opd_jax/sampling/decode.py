@@ -21,7 +21,7 @@ from jax import Array, lax
 from opd_jax.mesh import Axes, Layout, constrain
 from opd_jax.models.attention import wide
 from opd_jax.models.cache import Cache
-from opd_jax.models.decoder import DecoderConfig, decode_layout, decode_step, head, prefill, unembed
+from opd_jax.models.decoder import DecoderConfig, decode_ends, decode_layer, decode_step, head, prefill, unembed
 from opd_jax.models.top_k import top_k
 from opd_jax.sampling.law import Law, draw, law_logits, row_keys, uniforms
 from opd_jax.types import Params
@@ -65,7 +65,8 @@ class Flags(NamedTuple):
 class Engine:
     """The jitted functions for one model shape; they compile once per bucket of columns or prompts."""
 
-    cast: Callable[[Params], Params]  # weights for decoding: cast, one dict per layer, resharded
+    ends: Callable[[Params], Params]  # weights for decoding: embedding, norm and head, cast and resharded
+    layer: Callable[[Params, int], Params]  # of one layer, out of the stacked ones
     prefill: Callable[..., tuple[Array, Cache]]
     place: Callable[..., Slots]
     segment: Callable[..., tuple[Slots, Emitted, Flags]]
@@ -74,6 +75,13 @@ class Engine:
     layout: Layout | None
     support: int  # k of the emitted top-k
     float_dtype: Any  # of emitted log-probabilities
+    layers: int
+
+    def cast(self, params: Params) -> Params:
+        """Weights for decoding, one dict per layer; layer by layer, so that scratch memory is that of one."""
+        stacked = params["layers"]
+        ends = self.ends({k: w for k, w in params.items() if k != "layers"})
+        return ends | {"layers": [self.layer(stacked, i) for i in range(self.layers)]}
 
 
 def make_engine(
@@ -98,9 +106,8 @@ def make_engine(
     # XLA on CPU writes one bfloat16 column by converting the whole cache to float32 and back.
     cache_dtype = wide(dtype) if platform == "cpu" else dtype
 
-    @jax.jit
-    def cast(params: Params) -> Params:
-        return decode_layout(params, config, dtype, layout)
+    ends = jax.jit(functools.partial(decode_ends, c=config, dtype=dtype, layout=layout))
+    layer = jax.jit(functools.partial(decode_layer, c=config, dtype=dtype, layout=layout))
 
     @jax.jit
     def prefill_rows(weights: Params, tokens: Array, lengths: Array) -> tuple[Array, Cache]:
@@ -150,8 +157,8 @@ def make_engine(
         return slots, emitted, jax.tree.map(lambda x: constrain(x, (), layout), flags)
 
     return Engine(
-        cast, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, functools.partial(_move, layout), layout,
-        support, wide(dtype),
+        ends, layer, prefill_rows, place, jax.jit(segment, donate_argnums=1), empty, functools.partial(_move, layout),
+        layout, support, wide(dtype), config.layers,
     )  # fmt: skip
 
 
