@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,26 +73,25 @@ def all_requests(encoded: Sequence[list[int]], samples: int) -> list[Request]:
 
 
 class Meter(Occupancy):
-    """Occupancy that moves a progress bar after every segment; ``finished`` is to be kept up by the caller.
+    """Occupancy that moves a progress bar after every segment.
 
     Once ``stop`` is set, the segment that runs is the last whose responses are yielded: the next raises Interrupted.
     """
 
     def __init__(self, bar: Progress, finished: int = 0, stop: threading.Event | None = None):
-        super().__init__()
-        self.finished = finished
+        super().__init__(finished=finished)
         self._bar, self._stop, self._stopping = bar, stop, False
         self._start = (0, time.monotonic())
         self._segments = 0
 
-    def add(self, busy: int, everything: int, waiting: bool) -> None:
-        super().add(busy, everything, waiting)
+    def add(self, busy: int, everything: int, waiting: bool, ended: int) -> None:
+        if self._stopping:
+            raise Interrupted(f"stopped with {self.finished:,} responses finished; continue with --resume")
+        super().add(busy, everything, waiting, ended)
         self._segments += 1
         self._bar.update(self.finished, self.row())
         if self._segments == 1:  # it holds the compilation
             self._start = (self.busy, time.monotonic())
-        if self._stopping:
-            raise Interrupted(f"stopped with {self.finished:,} responses finished; continue with --resume")
         self._stopping = self._stop is not None and self._stop.is_set()
 
     def row(self) -> dict[str, float]:
@@ -131,22 +130,22 @@ def generate_file(
         Interrupted: ``stop`` was set; ``resume`` then makes the lines that are missing.
     """
     meta = Path(f"{out}.meta.json")
-    _check_target(out, meta, resume)
+    check_target(out, meta, resume)
     tokenizer = load_tokenizer(model)
     records = load_records(data, seed)
     encoded, records, overlong = encode_prompts(records, tokenizer, data)
     encoded, records = encoded[:problems], records[:problems]
-    settings: Row = {"model": str(model), "model_fingerprint": _fingerprint(model)}
+    settings: Row = {"model": str(model), "model_fingerprint": fingerprint(model)}
     settings |= {f"data.{name}": value for name, value in data.model_dump(mode="json").items()}
     settings |= {"prompts": len(records), "prompts_sha256": _digest(records, encoded), "samples": samples}
     settings |= {"max_response": max_response, **law._asdict(), "seed": seed, "dtype": dtype}
-    finished, size = _resumed(out, meta, settings) if resume else ({}, 0)
+    finished, size = read_finished(out, meta, settings, _finished) if resume else ({}, 0)
     requests = [r for r in all_requests(encoded, samples) if (r.id, r.sample) not in finished]
     sampler = load_sampler(model, tokenizer, jnp.dtype(dtype))
     slots = sampler.slots(slots, len(requests))
     total = len(records) * samples
     console.print(
-        f"{data.source}: {len(records):,} prompts{overlong.note()} × {samples} responses, {slots} slots"
+        f"{data.title}: {len(records):,} prompts{overlong.note()} × {samples} responses, {slots} slots"
         + (f"; resumed with {len(finished):,} of {total:,} done" if resume else "")
     )
     empty = 0
@@ -155,7 +154,7 @@ def generate_file(
             write_atomically(epath.Path(meta), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         with (
             console.progress(total, "generating", len(finished), unit="response", show=SHOWN) as bar,
-            _Lines(out, size) as lines,
+            Lines(out, size) as lines,
         ):
             meter = Meter(bar, len(finished), stop)
             made = generate(
@@ -167,7 +166,6 @@ def generate_file(
                 row = _row(records[request.id], request, response, tokenizer)
                 lines.write(row)
                 finished[request.id, request.sample] = len(response.tokens), response.stopped
-                meter.finished = len(finished)
                 empty += not row["response"].strip()
             bar.update(len(finished), meter.row())
     except OSError as e:
@@ -177,7 +175,7 @@ def generate_file(
         ) from e
     if empty:
         console.warn(f"{empty:,} of the new responses have no text; data.response=response refuses such rows")
-    result: Row = {"model": str(model), "source": data.source, "out": str(out), "prompts": len(records)}
+    result: Row = {"model": str(model), "source": data.title, "out": str(out), "prompts": len(records)}
     result |= {"dropped_prompts": overlong.dropped, "truncated_prompts": overlong.truncated, "samples": samples}
     return _summary(result, finished, meter)
 
@@ -197,12 +195,17 @@ def _summary(result: Row, finished: Finished, meter: Meter) -> Row:
     return result
 
 
-def _row(record: Record, request: Request, response: Response, tokenizer: Any) -> Row:
+def check_finite(record: Record, response: Response) -> None:
+    """Raises InputError where the model did not give probabilities."""
     if not np.isfinite(response.logp).all():
         raise InputError(
             f"prompt {record.id!r}: the model's log-probabilities are not finite. Its weights are damaged, or "
             "overflow: look at them, or try --dtype float32."
         )
+
+
+def _row(record: Record, request: Request, response: Response, tokenizer: Any) -> Row:
+    check_finite(record, response)
     tokens = response.tokens.tolist()
     answer = {} if record.answer is None else {"answer": record.answer}
     return {
@@ -219,7 +222,7 @@ def _row(record: Record, request: Request, response: Response, tokenizer: Any) -
     }
 
 
-class _Lines(contextlib.AbstractContextManager[Any]):
+class Lines(contextlib.AbstractContextManager[Any]):
     """Appends whole lines after the first ``size`` bytes of a file; a line that finds no room is taken back."""
 
     def __init__(self, path: Path, size: int):
@@ -243,7 +246,8 @@ class _Lines(contextlib.AbstractContextManager[Any]):
         self._file.close()
 
 
-def _check_target(out: Path, meta: Path, resume: bool) -> None:
+def check_target(out: Path, meta: Path, resume: bool) -> None:
+    """Refuses to begin a file of responses that stands there, and to resume one without its settings, ``meta``."""
     if out.suffix != ".jsonl":
         raise InputError(f"OUT {out}: expected the name of a .jsonl file.")
     if resume and not meta.exists():
@@ -252,8 +256,14 @@ def _check_target(out: Path, meta: Path, resume: bool) -> None:
         raise InputError(f"{out}: exists. Continue it with --resume, or give another file.")
 
 
-def _resumed(out: Path, meta: Path, settings: Row) -> tuple[Finished, int]:
-    """What the file already holds, and the bytes up to the end of its last whole line."""
+def read_finished(
+    out: Path, meta: Path, settings: Row, read: Callable[[Row], tuple[Any, Any]]
+) -> tuple[dict[Any, Any], int]:
+    """What the file holds, by ``read``: line → (key, value); and the bytes up to the end of its last whole line.
+
+    Raises:
+        InputError: ``settings`` differ from those in ``meta``, or a line that ``read`` does not understand.
+    """
     try:
         stored = json.loads(meta.read_text(encoding="utf-8"))
         differing = [
@@ -269,26 +279,27 @@ def _resumed(out: Path, meta: Path, settings: Row) -> tuple[Finished, int]:
             + "\n".join(differing)
             + f"\nResume with those of {meta}, or give another OUT."
         )
-    return _finished(out) if out.exists() else ({}, 0)
-
-
-def _finished(out: Path) -> tuple[Finished, int]:
-    finished: Finished = {}
-    size = 0
+    finished, size = {}, 0
+    if not out.exists():
+        return finished, size
     with out.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break  # a kill cut it short
             try:
-                row = json.loads(line)
-                finished[row["prompt_id"], row["sample"]] = len(row["tokens"]), row["finish_reason"] == "stop"
+                key, value = read(json.loads(line))
             except (ValueError, KeyError, TypeError) as e:
-                raise InputError(f"{out}:{number}: not a line of `opd generate` ({e!r}). Remove it.") from e
+                raise InputError(f"{out}:{number}: not a line of this command ({e!r}). Remove it.") from e
+            finished[key] = value
             size += len(line)
     return finished, size
 
 
-def _fingerprint(model: Path) -> str:
+def _finished(row: Row) -> tuple[tuple[int, int], tuple[int, bool]]:
+    return (row["prompt_id"], row["sample"]), (len(row["tokens"]), row["finish_reason"] == "stop")
+
+
+def fingerprint(model: Path) -> str:
     """Hash of the model's settings and of 64 evenly spaced pages of every weight file, which no training leaves."""
     digest = hashlib.sha256()
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*config.json")]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opd_jax.evaluation import answers
-from opd_jax.evaluation.answers import AnswerPool, extract, normalise, quick_verdict, verify
+from opd_jax.evaluation.answers import AnswerPool, find_answer, normalise, quick_verdict, verify
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -50,7 +50,7 @@ def pool():
     ],
 )
 def test_extract(text, answer):
-    assert extract(text) == answer
+    assert find_answer(text)[0] == answer
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_extract(text, answer):
     ],
 )
 def test_extract_last_number(text, answer):
-    assert extract(text, fallback_number=True) == answer
+    assert find_answer(text, fallback_number=True)[0] == answer
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Literal, NamedTuple, Self
+
+Found = Literal["boxed", "answer", "number", "none"]
 
 MAX_LENGTH = 1_000  # characters; a longer answer is right only if it equals the gold text
 
@@ -35,24 +37,32 @@ _FORM_KEPT = {"row": r"\\", "frac": r"\frac", "space": " "}  # all else that _FO
 _UNIT = re.compile(r"(?:\^\{?\\circ\}?|\\degree|°|(?<=\d) dollars?)$")  # math-verify knows the other common units
 
 
-def extract(text: str, fallback_number: bool = False) -> str | None:
+class Verdict(NamedTuple):
+    """What a response was graded as."""
+
+    correct: bool
+    answer: str | None  # as it is written there
+    found: Found  # in \\boxed{…}, after "Answer:", as the last number, or not at all
+
+
+def find_answer(text: str, fallback_number: bool = False) -> tuple[str | None, Found]:
     r"""The final answer in a response: last non-empty ``\boxed{…}`` with balanced braces, else what follows the last
-    ``Answer:`` on its line (or the next line that is not empty), else None.
+    ``Answer:`` on its line (or the next line that is not empty), else None; and which of these it was.
 
     Args:
         fallback_number: as the last resort take the last number of the text (small models on GSM8K).
     """
     boxed = _last_boxed(text)
     if boxed is not None:
-        return boxed
+        return boxed, "boxed"
     marks = list(_ANSWER.finditer(text))
     if marks:
         lines = text[marks[-1].end() :].lstrip("*_ \t\r\n").splitlines()
         if lines and (answer := lines[0].strip().strip("*`").strip()):
-            return answer
+            return answer, "answer"
     if fallback_number and (numbers := _NUMBER.findall(text)):
-        return numbers[-1].rstrip(",")
-    return None
+        return numbers[-1].rstrip(","), "number"
+    return None, "none"
 
 
 def normalise(answer: str) -> str:
@@ -92,11 +102,12 @@ class AnswerPool:
     Args:
         workers: processes; None: one a core, at most 8.
         limit: CPU seconds for one answer. An answer that needs more counts as wrong.
-        fallback_number: see ``extract``.
+        fallback_number: see ``find_answer``.
     """
 
     def __init__(self, workers: int | None = None, limit: float = 1.0, fallback_number: bool = False):
         self._workers = [_Worker(limit) for _ in range(workers or min(8, os.cpu_count() or 1))]
+        self._threads = ThreadPoolExecutor(len(self._workers))
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -106,28 +117,55 @@ class AnswerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether each response ends in its gold answer; pairs are (response text, gold answer).
+    def submit(self, text: str, gold: str) -> Future[Verdict]:
+        """The verdict on one response, at once if it needs no algebra; the future raises what ``judge`` raises."""
+        return self._submit(text, gold, {})
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts on (response text, gold answer) pairs, in their order.
 
         Raises:
             RuntimeError: ``math-verify`` does not start.
         """
-        keys = [self._key(text, gold) for text, gold in pairs]
-        verdicts = {key: key[0] is not None and quick_verdict(key[0], key[1]) for key in keys}
-        hard = [key for key, verdict in verdicts.items() if verdict is None]
-        if hard:
-            with ThreadPoolExecutor(len(self._workers)) as threads:
-                verdicts.update(zip(hard, threads.map(self._decide, hard), strict=True))
-        return [bool(verdicts[key]) for key in keys]
+        decided: dict[tuple[str, str], Future[bool]] = {}
+        futures = [self._submit(text, gold, decided) for text, gold in pairs]
+        return [future.result() for future in futures]
 
-    def _key(self, text: str, gold: str) -> tuple[str | None, str]:
-        answer = extract(text, self._fallback_number)
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each response ends in its gold answer; see ``judge``."""
+        return [verdict.correct for verdict in self.judge(pairs)]
+
+    def _submit(self, text: str, gold: str, decided: dict[tuple[str, str], Future[bool]]) -> Future[Verdict]:
+        """``decided``: what is being decided already, so that no pair is twice."""
+        answer, found = find_answer(text, self._fallback_number)
+        result: Future[Verdict] = Future()
+        if answer is None:
+            result.set_result(Verdict(False, None, found))
+            return result
         if r"\boxed" in gold:  # a whole solution stands in the answer column
-            gold = extract(gold) or gold
-        return None if answer is None else normalise(answer), normalise(gold)
+            gold = find_answer(gold)[0] or gold
+        key = normalise(answer), normalise(gold)
+        quick = quick_verdict(*key)
+        if quick is not None:
+            result.set_result(Verdict(quick, answer, found))
+            return result
+        if key not in decided:
+            decided[key] = self._threads.submit(self._decide, key)
+
+        def settle(decision: Future[bool]) -> None:
+            if decision.cancelled():
+                result.cancel()
+            elif error := decision.exception():
+                result.set_exception(error)
+            else:
+                result.set_result(Verdict(decision.result(), answer, found))
+
+        decided[key].add_done_callback(settle)
+        return result
 
     def _decide(self, key: tuple[str, str]) -> bool:
         worker = self._idle.get()

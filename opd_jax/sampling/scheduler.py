@@ -46,16 +46,18 @@ class Response(NamedTuple):
 
 @dataclasses.dataclass
 class Occupancy:
-    """Slot-steps that made a token, and all slot-steps, while prompts were waiting and in all."""
+    """Slot-steps that made a token, and all slot-steps, while prompts were waiting and in all; responses ended."""
 
     busy_waiting: int = 0
     all_waiting: int = 0
     busy: int = 0
     all: int = 0
+    finished: int = 0
 
-    def add(self, busy: int, everything: int, waiting: bool) -> None:
+    def add(self, busy: int, everything: int, waiting: bool, ended: int) -> None:
         self.busy += busy
         self.all += everything
+        self.finished += ended
         if waiting:
             self.busy_waiting += busy
             self.all_waiting += everything
@@ -112,7 +114,8 @@ def generate(
         state, emitted, flags = engine.segment(weights, state, law, limit, steps, patience)
         flags = jax.device_get(flags)
         if occupancy:
-            occupancy.add(int(flags.count.sum()), int(flags.steps) * len(host.owner), waiting)
+            ended = int((host.live & ~flags.live).sum())
+            occupancy.add(int(flags.count.sum()), int(flags.steps) * len(host.owner), waiting, ended)
         yield from host.collect(emitted, flags)
 
 
@@ -253,8 +256,8 @@ class _Host:
 
 
 def make_rollout(engine: Engine, *, max_response: int, slots: int | None = None) -> Callable[..., Rollouts]:
-    """Builds ``rollout(weights, prompts, law, seed, step, limit=None) → Rollouts`` for training: rows in, the same rows
-    out, as NumPy arrays on the host. Of several processes each gets the tokens of its own rows, and all lengths.
+    """Builds ``rollout(weights, prompts, law, seed, step, limit=None, occupancy=None) → Rollouts``: rows in, the same
+    rows out, as NumPy arrays on the host. Of several processes each gets the tokens of its own rows, and all lengths.
 
     ``weights`` are ``engine.cast(params)``: cast and resharded once, for as many calls as they serve.
 
@@ -264,7 +267,13 @@ def make_rollout(engine: Engine, *, max_response: int, slots: int | None = None)
     """
 
     def rollout(
-        weights: Params, prompts: Prompts, law: Law, seed: int, step: int, limit: int | None = None
+        weights: Params,
+        prompts: Prompts,
+        law: Law,
+        seed: int,
+        step: int,
+        limit: int | None = None,
+        occupancy: Occupancy | None = None,
     ) -> Rollouts:
         host: Prompts = hosts.fetch(prompts)
         B, R = len(host.lengths), max_response
@@ -278,7 +287,7 @@ def make_rollout(engine: Engine, *, max_response: int, slots: int | None = None)
         width = min(bucket(int(host.lengths.max()), 16), host.tokens.shape[1])  # or every batch would compile
         made = generate(
             engine, weights, requests, law, seed, step,
-            slots=min(slots or B, B), max_response=R, limit=limit, width=width,
+            slots=min(slots or B, B), max_response=R, limit=limit, width=width, occupancy=occupancy,
         )  # fmt: skip
         for row, response in made:
             lengths[row], stopped[row] = response.length, response.stopped
