@@ -349,8 +349,8 @@ def test_bound_by_the_slowest_resource() -> None:
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'opd-jax[aot]'")
 def test_for_a_tpu_that_is_not_there(models: Path, tmp_path: Path) -> None:
     """Both a configuration that fits v5e-16 and one whose cache does not, by the bytes that the cache alone exceeds."""
-    small = dataclasses.replace(STUDENT, width=256, hidden=512, heads=16, kv_heads=16, head_dim=64, vocab_size=1024)
-    teacher = dataclasses.replace(TEACHER, width=256, hidden=512, heads=16, kv_heads=16, head_dim=64, vocab_size=1024)
+    sizes: Any = {"width": 256, "hidden": 512, "heads": 16, "kv_heads": 16, "head_dim": 64, "vocab_size": 1024}
+    small, teacher = (dataclasses.replace(c, max_positions=1024, **sizes) for c in (STUDENT, TEACHER))
     import json
 
     for name, network in (("student", small), ("teacher", teacher)):

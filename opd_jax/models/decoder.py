@@ -58,6 +58,14 @@ class DecoderConfig:
     def layer_windows(self) -> tuple[int, ...]:
         return tuple(NO_WINDOW if w is None else w for w in self.windows or (None,) * self.layers)
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that the model is made for; in most files ``max_positions`` leaves out linear and YaRN scaling."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind == "llama3":
+            return self.max_positions
+        return max(self.max_positions, int(scaling.factor * (scaling.original_max_positions or self.max_positions)))
+
 
 class Spec(NamedTuple):
     """One weight: shape, logical axes, and the standard deviation it is initialised with (None: ones, 0: zeros)."""

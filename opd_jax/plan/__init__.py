@@ -18,6 +18,7 @@ from opd_jax.plan.report import Plan, as_json, show
 from opd_jax.plan.search import nearest
 from opd_jax.plan.topology import Topology, find_topology
 from opd_jax.tracking.console import console
+from opd_jax.training.setup import check_positions
 
 LONG = (15_360, 31_744)  # responses of the paper's longest training runs and of its evaluations
 
@@ -38,11 +39,15 @@ def plan_run(
         search: look for a setting that fits where this one does not.
 
     Raises:
-        InputError: unknown topology or model, libtpu missing, sizes that do not divide over the mesh.
+        InputError: unknown topology or model, libtpu missing, sizes that do not divide over the mesh, too long
+            texts for a model.
     """
     topology = find_topology(topology_name)
     student = decoder_of(config.student.path)
     teacher = decoder_of(config.teacher.path) if config.teacher else None
+    check_positions(config, config.student.path, student)
+    if config.teacher and teacher:
+        check_positions(config, config.teacher.path, teacher)
     if mean_response is not None and not 0 < mean_response <= config.rollout.max_response:
         raise InputError(f"--mean-response {mean_response}: expected 1 … {config.rollout.max_response} (max_response)")
     build = functools.partial(_programs, topology=topology, student=student, teacher=teacher)

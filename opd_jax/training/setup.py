@@ -18,6 +18,7 @@ from opd_jax.data.tokenizers import (
     stop_ids,
     valid_vocab_size,
 )
+from opd_jax.errors import InputError
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.models.hf import load_config as load_decoder_config
@@ -72,6 +73,7 @@ def prepare(config: Config) -> Setup:
     tokenizer = load_tokenizer(config.student.path)
     vocab_size = valid_vocab_size(tokenizer)
     stops = stop_ids(config.student.path, tokenizer)
+    check_positions(config, config.student.path, load_decoder_config(config.student.path))
     if config.teacher:
         _check_teacher(config, tokenizer, vocab_size)
     records, overlong, batches = _data(config, tokenizer)
@@ -106,10 +108,34 @@ def rollout_law(config: Config) -> Law:
     return Law(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
 
 
+def check_positions(config: Config, path: str, network: DecoderConfig) -> None:
+    """Refuses a model that is not made for texts as long as those of the run.
+
+    Raises:
+        InputError: the settings that allow such texts, and the tokens that the model takes.
+    """
+    heldout = config.evaluation
+    prompts = {"data.max_prompt": config.data.max_prompt}
+    responses = {"rollout.max_response": config.rollout.max_response}
+    texts = [prompts | responses]
+    if heldout.data:
+        own = {"evaluation.max_response": heldout.max_response} if heldout.max_response else responses
+        texts.append({"evaluation.data.max_prompt": heldout.data.max_prompt} | own)
+    for text in texts:
+        if (total := sum(text.values())) > network.longest_text:
+            raise InputError(
+                f"{path}: {' + '.join(f'{name}={n}' for name, n in text.items())} = {total} tokens, but the model is "
+                f"made for {network.longest_text} (max_position_embeddings in its config.json). Lower one of them by "
+                f"{total - network.longest_text}, or take a model for longer texts."
+            )
+
+
 def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
     assert config.teacher
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    check_vocabulary(config.teacher.path, load_decoder_config(config.teacher.path).vocab_size, vocab_size)
+    network = load_decoder_config(config.teacher.path)
+    check_vocabulary(config.teacher.path, network.vocab_size, vocab_size)
+    check_positions(config, config.teacher.path, network)
 
 
 def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
