@@ -29,7 +29,7 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import Console
 from opd_jax.tracking.run_dir import cpu_model, open_run
 from opd_jax.tracking.writers import MetricWriter
-from opd_jax.training.loop import _opd_step
+from opd_jax.training.stages import rollout_step
 from opd_jax.training.setup import prepare
 
 WARM_UP = 5
@@ -84,7 +84,7 @@ def run(path: Path, steps: int) -> tuple[list[tuple[float, float]], list[Row]]:
                 traced.python_tracer_level = 0  # it would slow down what is to be measured
                 jax.profiler.start_trace(path / "trace", profiler_options=traced)
             with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                state, row, _ = _opd_step(setup, state, step)
+                state, row, _ = rollout_step(setup, state, step)
                 writer.write(step, row)
             rows.append(row)
         jax.profiler.stop_trace()

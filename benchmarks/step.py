@@ -32,7 +32,7 @@ from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import Console
 from opd_jax.tracking.run_dir import cpu_model
-from opd_jax.training.loop import _opd_step
+from opd_jax.training.stages import rollout_step
 from opd_jax.training.setup import prepare
 
 VOCAB, BATCH, PROMPT, LENGTH = 32_000, 8, 32, 64
@@ -110,7 +110,7 @@ class OurStep:
     def __call__(self) -> float:
         start = time.perf_counter()
         self.step += 1  # the first logged step of a run is always measured
-        self.state, row, _ = _opd_step(self.setup, self.state, self.step)
+        self.state, row, _ = rollout_step(self.setup, self.state, self.step)
         self.rows.append(row)
         return time.perf_counter() - start
 

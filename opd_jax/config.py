@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -42,6 +43,8 @@ class Objective(Strict):
     normalise: bool = True  # topk: renormalise both sides over the support
     tail: bool = False  # topk: one extra outcome holds what lies outside the support
     temperature: Annotated[float, Field(gt=0)] = 1.0  # divides the logits of both sides
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of the divergence, next to a reward
+    scale: Annotated[float, Field(gt=0)] = 1.0  # λ of the target ∝ teacher^λ · start^(1−λ); beyond 1: extrapolation
     correction: Literal["none", "importance", "ppo", "tis", "icepop"] = "none"  # of rollouts by an older policy
     ratio_low: Annotated[float, Field(ge=0, le=1)] | None = None  # None: ppo 0.8, icepop 0.5
     ratio_high: Annotated[float, Field(ge=1)] | None = None  # None: ppo 1.2, tis 2, icepop 5
@@ -69,10 +72,58 @@ class Model(Strict):
     path: str  # a Hugging Face directory: config.json, *.safetensors, tokenizer
 
 
-class Data(Strict):
-    """Where prompts come from. ``source`` is a .jsonl or .parquet path, ``task:NAME``, or a Hugging Face dataset id."""
+class Teacher(Model):
+    """A frozen teacher, or, with ``decay``, the student's own past: weights ← decay · weights + (1 − decay) · student
+    after every ``every``-th update (an exponential mean; decay 0 copies the student)."""
+
+    sources: list[str] = []  # data sources whose prompts it teaches; empty: all that no other teacher names
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its prompts' tokens in the loss
+    # privileged context: the template of the teacher's own prompt, with {problem} and {answer} or {response}
+    context: str | None = None
+    max_context: PositiveInt | None = None  # tokens of that prompt; None: twice data.max_prompt
+    decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    every: PositiveInt = 1  # updates
+    cache: str | None = None  # directory that keeps its scores of off_policy responses
+
+
+class Reward(Strict):
+    """A reward of whole responses: Σ weight · term, compared within the samples of a prompt (GRPO, paper A.1).
+
+    Terms: ``answer`` 1 if right; ``format`` 1 if an answer stands in a box or behind "Answer:"; ``length`` from 0 to −1
+    over the last ``buffer`` tokens before the limit; ``module:function`` a Python function of one's own, called as f(problem=, answer=, response=, tokens=, stopped=) in a process of its own.
+    """
+
+    terms: dict[str, float] = {"answer": 1.0}
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its policy gradient, next to the teacher's objective
+    advantage: Literal["standardised", "centred"] = "standardised"
+    buffer: PositiveInt = 1024  # tokens
+    fallback_number: bool = False  # an answer may be the last number of the response
+    limit: Annotated[float, Field(gt=0)] = 10.0  # seconds for one call of a function of one's own
+    skip_bad: bool = False  # leave out responses on which that function fails, instead of ending the run
+
+
+class Part(Strict):
+    """One source of ``data.mix``. What is left out is as in the section ``data``."""
 
     source: str
+    weight: Annotated[float, Field(gt=0)] = 1.0  # share of the prompts served, relative to the other parts
+    subset: str | None = None
+    split: str | None = None
+    problem: str | None = None
+    answer: str | None = None
+    response: str | None = None
+    template: str | None = None
+    limit: PositiveInt | None = None
+
+
+class Data(Strict):
+    """Where prompts come from: one ``source`` or a ``mix`` of several by name.
+
+    A source is a .jsonl or .parquet path, ``task:NAME``, or a Hugging Face dataset id.
+    """
+
+    source: str | None = None
+    mix: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Part] | None = None
     subset: str | None = None  # Hugging Face configuration name
     split: str = "train"
     problem: str | None = None  # column; None: the first of problem, question, prompt
@@ -83,7 +134,36 @@ class Data(Strict):
     chat_arguments: dict[str, pydantic.JsonValue] = {}  # e.g. enable_thinking: false
     max_prompt: PositiveInt = 1024  # tokens
     overlong: Literal["drop", "truncate"] = "drop"  # a prompt longer than that; truncate: keep its last tokens
-    limit: PositiveInt | None = None  # use the first n rows only
+    limit: PositiveInt | None = None  # use the first n rows of each source only
+    skip_bad: bool = False  # leave out rows that cannot be used, and count them, rather than stop
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.source is None) == (not self.mix):
+            raise ValueError("give either source (one) or mix (several, as mix: {name: {source: …, weight: 0.3}})")
+        return self
+
+    @property
+    def parts(self) -> dict[str, Data]:
+        """One section for each source, by its name in ``mix``; a single source has the name ""."""
+        if not self.mix:
+            return {"": self}
+        return {
+            name: self.model_copy(update={"mix": None} | part.model_dump(exclude_none=True, exclude={"weight"}))
+            for name, part in self.mix.items()
+        }
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return self.source or " + ".join(self.mix or ())
+
+
+class OffPolicy(Strict):
+    """Part of every batch that is not sampled: responses of a corpus, or of the teacher (``opd generate``)."""
+
+    fraction: Fraction  # of the rows of a batch (GKD's 1 − λ)
+    data: Data | None = None  # with a response column; None: the run's own data
 
 
 class Length(Strict):
@@ -158,6 +238,7 @@ class Evaluation(Strict):
     max_response: PositiveInt | None = None  # None: as in training
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Fraction = 1.0
+    fallback_number: bool = False  # an answer may be the last number of the response
 
 
 class Checkpoint(Strict):
@@ -168,14 +249,18 @@ class Checkpoint(Strict):
 
 
 class Config(Strict):
-    """One run. ``kind`` opd: rollouts scored by the teacher; sft: imitation of the ``data.response`` column."""
+    """One run. ``kind`` opd: rollouts scored by the teacher (and by a reward, if there is one); sft: imitation of the
+    ``data.response`` column; grpo: rollouts scored by a reward (and held near the teacher, if there is one)."""
 
-    kind: Literal["opd", "sft"] = "opd"
+    kind: Literal["opd", "sft", "grpo"] = "opd"
     run_dir: str
     seed: NonNegativeInt = 0
     steps: PositiveInt
     student: Model
-    teacher: Model | None = None
+    teacher: Teacher | None = None
+    more_teachers: list[Teacher] = []
+    reward: Reward | None = None
+    off_policy: OffPolicy | None = None
     objective: Objective = Objective()
     data: Data
     rollout: Rollout = Rollout()
@@ -206,10 +291,22 @@ class Config(Strict):
             raise ValueError("kind=sft needs data.response, the column with the text to imitate")
         if self.kind == "sft" and self.positions != Positions():
             raise ValueError("kind=sft takes no positions: all tokens of a response weigh the same; leave it out")
-        if self.kind == "opd" and self.objective.correction != "none" and self.objective.name != "sampled":
+        if self.kind == "sft":
+            for name in ("reward", "off_policy"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"kind=sft takes no {name}: it imitates data.response; remove it")
+        if self.kind == "grpo" and self.reward is None:
+            raise ValueError("kind=grpo needs a reward; set reward.terms={answer: 1.0}")
+        if self.reward and self.rollout.samples < 2:
+            raise ValueError(
+                f"reward with rollout.samples={self.rollout.samples}: a response is compared with the others of its "
+                "prompt; set rollout.samples to 2 or more"
+            )
+        policy_gradient = self.objective.name == "sampled" or self.reward
+        if self.kind != "sft" and self.objective.correction != "none" and not policy_gradient:
             raise ValueError(
                 f"objective.correction={self.objective.correction} weights a policy gradient, which objective.name="
-                f"{self.objective.name} has none of; set objective.name=sampled or objective.correction=none"
+                f"{self.objective.name} has none of; set objective.name=sampled, a reward, or objective.correction=none"
             )
         if self.checkpoint.best and not (self.evaluation.data and self.evaluation.every):
             raise ValueError(
@@ -239,7 +336,8 @@ class Config(Strict):
         return self
 
     def _uncorrected(self) -> bool:
-        return self.objective.name == "sampled" and self.objective.correction == "none"
+        policy_gradient = self.objective.name == "sampled" or self.reward is not None
+        return policy_gradient and self.objective.correction == "none"
 
     @property
     def rows(self) -> int:
@@ -364,6 +462,13 @@ def _shown(value: Any) -> str:
 
 def _fields_at(model: Any, path: list[Any]) -> list[str]:
     for name in path:
-        annotation = model.model_fields[name].annotation
-        model = next(t for t in (annotation, *getattr(annotation, "__args__", ())) if hasattr(t, "model_fields"))
+        if name in model.model_fields:  # else the key of a mapping, as the name of a part of data.mix
+            inner = _types_in(model.model_fields[name].annotation)
+            model = next((t for t in inner if hasattr(t, "model_fields")), model)
     return list(model.model_fields)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _types_in(inner)

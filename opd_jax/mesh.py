@@ -92,6 +92,12 @@ def shard_holders(layout: Layout | None) -> list[frozenset[int]]:
     return [frozenset(h) for h in held]
 
 
+def own_rows(layout: Layout | None, rows: int) -> np.ndarray:
+    """[rows] bool: which of ``rows`` rows, cut evenly over the batch shards, this process holds."""
+    held = np.array([jax.process_index() in h for h in shard_holders(layout)]) if layout else np.ones(1, bool)
+    return held[np.arange(rows) * len(held) // rows]
+
+
 def constrain(x: Array, axes: Axes, layout: Layout | None) -> Array:
     """``layout.constrain`` where there is a layout; a model called without one (a notebook, an oracle test) is free."""
     return x if layout is None else layout.constrain(x, axes)

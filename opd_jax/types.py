@@ -47,6 +47,7 @@ class Rollouts:
     entropy: Array  # [B, R] float32, entropy of the untempered, untruncated distribution (nats)
     topk_ids: Array  # [B, R, k] int32, the k most probable ids at each sampled state, most probable first
     topk_logp: Array  # [B, R, k] float32, their log-probabilities at temperature 1, untruncated
+    advantage: Array | None = None  # [B] float32, of a task reward
 
 
 @flax.struct.dataclass
@@ -65,6 +66,7 @@ class Sequences:
     logp: Array | None  # [M, T] float32, behaviour log-probability of the target (nats); None: a corpus
     topk_ids: Array | None  # [M, T, k] int32, the behaviour policy's most probable ids; None: a corpus
     weight: Array | None  # [M, T] float32, of the position in the loss; None: all alike
+    advantage: Array | None  # [M, T] float32, of a task reward; None: there is no reward
     max_response: int = flax.struct.field(pytree_node=False)  # tokens; depths are below
 
     @property

@@ -24,7 +24,8 @@ from opd_jax.objectives.opd import opd_loss
 from opd_jax.sampling.packing import pack, split
 from opd_jax.sampling.states import hidden_states
 from opd_jax.training import loop
-from opd_jax.training.loop import train, weighted
+from opd_jax.training.loop import train
+from opd_jax.training.stages import weighted
 from opd_jax.types import Scores
 
 

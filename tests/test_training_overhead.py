@@ -20,7 +20,8 @@ from opd_jax.tracking.run_dir import RunDir, open_run, read_rows
 from opd_jax.tracking.writers import MetricWriter
 from opd_jax.training import loop
 from opd_jax.training.loop import train
-from opd_jax.training.setup import prepare
+from opd_jax.training.setup import prepare, rollout_law
+from opd_jax.training.stages import rollout_step, sft_step
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the persistent cache has it
 IMPLICIT = ("__array__", "__int__", "__float__", "__bool__", "__index__", "__iter__", "item", "tolist")
@@ -106,7 +107,7 @@ def test_prompt_widths_are_few(models: Path, tmp_path: Path) -> None:
     setup = prepare(tiny_runs.run_config(models, tmp_path / "run"))
     engine = setup.graphs.engine(setup.student)
     weights = engine.cast(setup.state.params)
-    law = loop.rollout_law(setup.config)
+    law = rollout_law(setup.config)
     sizes = []
     for longest in range(1, 9):
         prompts: Any = next(setup.batches)
@@ -155,7 +156,7 @@ def test_fetches_are_explicit_and_few(
 ) -> None:
     """Metrics; step and skipped updates; learning rate. A rollout: its prompts, one segment's flags, and its tokens."""
     setup = prepare(tiny_runs.run_config(models, tmp_path / kind, kind))
-    state, step_fn = setup.state, loop._opd_step if kind == "opd" else loop._sft_step
+    state, step_fn = setup.state, rollout_step if kind == "opd" else sft_step
     for step in (1, 2):
         fetches.clear()
         with jax.transfer_guard_device_to_host("disallow"):  # of use on an accelerator

@@ -18,7 +18,7 @@ from tiny_runs import STUDENT, TEACHER, VOCAB, distance
 
 from opd_jax.config import Objective, Optimizer
 from opd_jax.data.pipeline import Example
-from opd_jax.losses.cross_entropy import cross_entropy
+from opd_jax.losses.log_probs import cross_entropy
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import forward
 from opd_jax.models.hf import load_model, save_model

@@ -59,8 +59,10 @@ def run_config(models: Path, run_dir: Path, kind: str = "opd", **settings: Any) 
     }
     if kind == "opd":
         tree["teacher"] = {"path": str(models / "teacher")}
-    else:
+    elif kind == "sft":
         tree["data"] = data | {"response": "response"}
+    else:
+        tree |= {"reward": {}, "objective": {"name": "sampled", "correction": "ppo"}}
     return parse_config(tree | settings)
 
 

@@ -29,9 +29,13 @@ def opd_loss(
     metrics: bool = True,
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:
-    """((loss sum, response-token count), metrics) of rows of rollouts; divide once, globally (paper, Eqs. 3–5)."""
+    """((loss sum, response-token count), metrics) of rows of rollouts; divide once, globally (paper, Eqs. 3–5).
+
+    ``objective.weight`` · divergence, and where rows have an ``advantage`` its policy-gradient loss (paper §7).
+    """
     hidden = hidden_states(params, config, rows, dtype=dtype, remat=remat, layout=layout)
-    sums, measured = distillation_loss(
+    beta = objective.weight
+    (loss, count), measured = distillation_loss(
         hidden,
         head(params),
         scores.hidden,
@@ -44,9 +48,10 @@ def opd_loss(
         behaviour_logp=rows.logp if objective.correction != "none" else None,
         metrics=metrics,
         metric_k=objective.k,
+        advantages=None if rows.advantage is None else rows.advantage / beta,
         weights=rows.weight,
         depth=rows.depth,
         steps=rows.max_response,
         layout=layout,
     )
-    return sums, measured | padding(rows)
+    return (beta * loss, count), measured | padding(rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import Array
 
-from opd_jax.losses.cross_entropy import cross_entropy
+from opd_jax.losses.log_probs import cross_entropy
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.sampling.packing import padding

@@ -15,18 +15,18 @@ import numpy as np
 from jax import Array, lax
 
 from opd_jax.errors import InputError
-from opd_jax.mesh import Layout, batch_shards, shard_holders
+from opd_jax.mesh import Layout, batch_shards, own_rows, shard_holders
 from opd_jax.types import Metrics, Rollouts, Sequences
 
 
-def sequence_shapes(rows: int, max_prompt: int, max_response: int, k: int | None) -> Sequences:
+def sequence_shapes(rows: int, max_prompt: int, max_response: int, k: int | None, rewarded: bool = False) -> Sequences:
     """Shapes and dtypes of ``rows`` rows; ``k`` ids at each sampled state, None: a corpus, without behaviour policy."""
 
     def shape(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, max_prompt + max_response, *more), dtype)
 
     logp, topk_ids = (None, None) if k is None else (shape(np.float32), shape(np.int32, k))
-    arrays: Any = (*[shape(np.int32)] * 5, logp, topk_ids, None)
+    arrays: Any = (*[shape(np.int32)] * 5, logp, topk_ids, None, shape(np.float32) if rewarded else None)
     return Sequences(*arrays, max_response=max_response)
 
 
@@ -41,8 +41,11 @@ def pack(rollouts: Rollouts, *, separate: bool = False, multiple: int = 1, layou
     """
     prompts, P = rollouts.prompts, rollouts.prompts.tokens.shape[1]
     prompt_lengths, lengths = np.asarray(prompts.lengths), np.asarray(rollouts.lengths)
-    shapes = sequence_shapes(0, P, rollouts.tokens.shape[1], rollouts.topk_ids.shape[2])
+    rewarded = rollouts.advantage is not None
+    shapes = sequence_shapes(0, P, rollouts.tokens.shape[1], rollouts.topk_ids.shape[2], rewarded)
     behaviour = {"logp": np.asarray(rollouts.logp), "topk_ids": np.asarray(rollouts.topk_ids)}
+    if rewarded:
+        behaviour["advantage"] = np.broadcast_to(np.asarray(rollouts.advantage)[:, None], rollouts.tokens.shape)
     prompt_tokens, tokens = np.asarray(prompts.tokens), np.asarray(rollouts.tokens)
 
     def text(i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +97,8 @@ def _fill(
     if layout:
         layout.check("sequences to pack", (len(used),), ("batch",))
         layout.check("rows to pack into", (rows,), ("batch",))
-    owners, mine = _owners(layout)
+    owners = _owners(layout)
+    mine = own_rows(layout, len(owners))
     row_B, start_B = place(used, width, rows, owners, separate)
     # pages that nothing is written to, those of other processes' rows, are never touched
     out: Any = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), shapes)
@@ -134,12 +138,10 @@ def place(
     return row_B, start_B
 
 
-def _owners(layout: Layout | None) -> tuple[list[int], np.ndarray]:
-    """Of every batch shard: a number that shards share which the same processes hold, and whether this one holds it."""
-    if layout is None:
-        return [0], np.ones(1, bool)
+def _owners(layout: Layout | None) -> list[int]:
+    """Of every batch shard a number that shards share which the same processes hold."""
     holders = shard_holders(layout)
-    return [holders.index(h) for h in holders], np.array([jax.process_index() in h for h in holders])
+    return [holders.index(h) for h in holders]
 
 
 def over_passes(

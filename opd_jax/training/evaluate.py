@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from opd_jax import hosts
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
@@ -16,10 +15,9 @@ from opd_jax.data.sources import load_records
 from opd_jax.errors import InputError
 from opd_jax.evaluation import heldout
 from opd_jax.evaluation.answers import AnswerPool
-from opd_jax.evaluation.scores import avg_at_k
+from opd_jax.mesh import batch_shards
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.sampling.law import Law
-from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.tracking.console import console
 from opd_jax.training.setup import Network, Setup
 from opd_jax.types import Params, Rollouts
@@ -45,95 +43,79 @@ class Evaluator:
         problems, answers = [r.problem for r in records], [r.answer for r in records]
         if setup.config.checkpoint.best == "accuracy" and None in answers:
             raise InputError(
-                f"checkpoint.best=accuracy: {settings.data.source} has problems without an answer. Set "
+                f"checkpoint.best=accuracy: {settings.data.title} has problems without an answer. Set "
                 "evaluation.data.answer=COLUMN, or checkpoint.best=reverse_kl."
             )
-        ways = setup.layout.mesh.shape["data"] * setup.layout.mesh.shape["fsdp"]
-        rows = min(settings.batch, len(encoded) * settings.samples)
-        self.panel = heldout.make_panel(prompts, problems, answers, -(-rows // ways) * ways)
+        self.panel = heldout.make_panel(prompts, problems, answers, settings.batch, batch_shards(setup.layout))
         self._setup = setup
         self._law = Law(settings.temperature, settings.top_p)
         self._max_response = settings.max_response or setup.config.rollout.max_response
-        self._reference: list[Rollouts] = []
+        self._reference: Rollouts | None = None
         self._shown = min(setup.config.log_samples * self.panel.samples, self.panel.rows)
-        self._pool = AnswerPool()
+        self._pool = AnswerPool(fallback_number=settings.fallback_number)
 
     def student(self, params: Params) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the student with these weights."""
-        batches, measured, shown = [], [], []
-        with self._progress("evaluating the student") as bar:
-            for rollouts in self._rollouts(self._setup.student, params):
-                batches.append(rollouts)
-                if self._setup.teacher:
-                    sums, kl_BR = self._measured(params, rollouts)
-                    measured.append(sums)
-                    if len(shown) < self._shown:
-                        shown += list(hosts.fetch(kl_BR))
-                bar.advance()
-        of_teacher = [self._measured(params, rollouts)[0] for rollouts in self._reference]
-        row, samples = self._graded("student", batches, shown)
+        rollouts = self._rollouts("evaluating the student", self._setup.student, params)
+        measured, kl = self._measured(params, rollouts) if self._setup.teacher else ({}, ())
+        of_teacher = self._measured(params, self._reference)[0] if self._reference else {}
+        row, samples = self._graded("student", rollouts, kl)
         if measured:
-            row |= heldout.mean_metrics(heldout.collect(measured, self.panel), self.panel)
+            row |= heldout.mean_metrics(measured, self.panel)
         if of_teacher:
             name = "forward_kl_teacher_rollouts"
-            kl = heldout.mean_metrics(heldout.collect(of_teacher, self.panel), self.panel, ["forward_kl"])
-            row |= {name: kl["forward_kl"], name + "_se": kl["forward_kl_se"]}
+            means = heldout.mean_metrics(of_teacher, self.panel, ["forward_kl"])
+            row |= {name: means["forward_kl"], name + "_se": means["forward_kl_se"]}
         return row, samples
 
     def teacher(self, teacher: Network) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the teacher; keeps its rollouts for ``student``."""
-        with self._progress("evaluating the teacher") as bar:
-            for rollouts in self._rollouts(teacher.config, teacher.params):
-                self._reference.append(rollouts)
-                bar.advance()
+        self._reference = self._rollouts("evaluating the teacher", teacher.config, teacher.params)
         return self._graded("teacher", self._reference)
 
     def close(self) -> None:
         self._pool.__exit__()
 
-    def _rollouts(self, network: DecoderConfig, params: Params) -> Iterator[Rollouts]:
+    def _rollouts(self, title: str, network: DecoderConfig, params: Params) -> Rollouts:
         engine = self._setup.graphs.engine(network)
-        sample = make_rollout(engine, max_response=self._max_response)
-        return heldout.sample_panel(sample, engine.cast(params), self.panel, self._law, self._setup.config.seed)
+        return heldout.sample_panel(
+            engine, engine.cast(params), self.panel, self._law, self._setup.config.seed, self._max_response, title
+        )
 
-    def _measured(self, params: Params, rollouts: Rollouts) -> tuple[Any, Array]:
-        """Sums over each row of the metrics of student against teacher, and the reverse KL at every token."""
+    def _measured(self, params: Params, rollouts: Rollouts) -> tuple[Any, list[np.ndarray]]:
+        """Sums over each row of the metrics of student against teacher; the reverse KL by token of the first rows."""
         setup = self._setup
-        rows = setup.layout.put_rows(setup.graphs.pack(rollouts))
         assert setup.teacher
         assert setup.graphs.score
-        scores = setup.graphs.score(setup.teacher.params, rows)
-        sums, kl_BR = setup.graphs.measure(params, rows, scores.hidden, scores.head)
-        return jax.tree.map(lambda x: x[: len(rollouts.lengths)], hosts.fetch(sums)), kl_BR
+        found, first, n = [], {}, len(self.panel.batches[0])
+        for part, of_panel in zip(heldout.batches_of(rollouts, self.panel), self.panel.batches, strict=True):
+            rows = setup.layout.put_rows(setup.graphs.pack(part))
+            scores = setup.graphs.score(setup.teacher.params, rows)
+            sums, kl_BR = setup.graphs.measure(params, rows, scores.hidden, scores.head)
+            found.append(jax.tree.map(lambda x: x[:n], hosts.fetch(sums)))
+            if of_panel.min() < self._shown:
+                first |= dict(zip(of_panel.tolist(), hosts.fetch(kl_BR), strict=False))
+        return heldout.collect(found, self.panel), [first[i] for i in range(self._shown)]
 
-    def _progress(self, title: str) -> Any:
-        return console.progress(total=len(self.panel.batches), title=title, unit="batch")
-
-    def _graded(self, who: str, batches: list[Rollouts], kl: Sequence[np.ndarray] = ()) -> tuple[Row, list[Row]]:
+    def _graded(self, who: str, rollouts: Rollouts, kl: Sequence[np.ndarray] = ()) -> tuple[Row, list[Row]]:
         """``kl``: the reverse KL by token of the first rows."""
-        layout = self._setup.layout
-        whole = [dataclasses.replace(rows, tokens=hosts.fetch(layout.put_rows(rows.tokens))) for rows in batches]
+        whole = dataclasses.replace(rollouts, tokens=hosts.fetch(self._setup.layout.put_rows(rollouts.tokens)))
         if jax.process_index():
             return {}, []  # process 0 grades and writes
-        rollouts = heldout.collect(whole, self.panel)
-        texts = heldout.responses(rollouts, self._setup.tokenizer)
-        correct = heldout.grade_rows(self.panel, texts, self._pool.grade)
-        row: Row = {"who": who} | heldout.summarise_lengths(rollouts.lengths, rollouts.stopped, self.panel)
-        if correct is not None:
-            score = avg_at_k(correct)
-            row |= {"accuracy": score.mean, "accuracy_se": score.error}
+        panel = self.panel
+        row, texts, verdicts = heldout.grade_panel(whole, panel, self._setup.tokenizer, self._pool)
         samples = [
             {
                 "who": who,
-                "problem": self.panel.problems[i // self.panel.samples],
-                "answer": self.panel.answers[i // self.panel.samples],
+                "problem": panel.problems[i // panel.samples],
+                "answer": panel.answers[i // panel.samples],
                 "response": texts[i],
-                "correct": None if correct is None else bool(correct.reshape(-1)[i]),
+                "correct": verdicts and verdicts[i].correct,
             }
-            | (self._by_token(rollouts, i, kl[i]) if kl else {})
+            | (self._by_token(whole, i, kl[i]) if len(kl) else {})
             for i in range(self._shown)
         ]
-        return row, samples
+        return {"who": who} | row, samples
 
     def _by_token(self, rollouts: Rollouts, i: int, kl_R: np.ndarray) -> Row:
         tokens = np.asarray(rollouts.tokens[i, : rollouts.lengths[i]]).tolist()

@@ -16,6 +16,7 @@ from opd_jax.config import Config
 from opd_jax.evaluation.heldout import make_measure
 from opd_jax.mesh import ROLLOUT, Layout, batch_shards
 from opd_jax.models.decoder import DecoderConfig
+from opd_jax.objectives.grpo import grpo_loss
 from opd_jax.objectives.opd import opd_loss
 from opd_jax.objectives.sft import sft_loss
 from opd_jax.sampling.decode import Engine, make_engine
@@ -64,9 +65,11 @@ def make_graphs(
     micro_batch = rows_per_pass(config, batch_shards(layout))
     packing: Any = {"separate": not config.pack, "multiple": micro_batch, "layout": layout}
     common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
-    if config.kind == "opd":
+    if teacher and config.kind != "sft":
         loss = functools.partial(_opd_loss, objective=config.objective, **common)
         quick_loss = functools.partial(loss, metrics=False)
+    elif config.kind == "grpo":
+        loss = quick_loss = functools.partial(grpo_loss, objective=config.objective, **common)
     else:
         loss = quick_loss = functools.partial(sft_loss, **common)
     update, quick_update = (

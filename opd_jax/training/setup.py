@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from opd_jax.config import Config
-from opd_jax.data.pipeline import Overlong, encode_examples, encode_prompts, prompt_batches, sft_batches
+from opd_jax.data.pipeline import Overlong, encode_examples, encode_prompts, prompt_batches, sft_batches, shares
 from opd_jax.data.sources import Record, load_records
 from opd_jax.data.tokenizers import (
     check_same_tokenizer,
@@ -19,6 +19,7 @@ from opd_jax.data.tokenizers import (
     valid_vocab_size,
 )
 from opd_jax.errors import InputError
+from opd_jax.evaluation.rewards import Judge
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.models.hf import load_config as load_decoder_config
@@ -56,6 +57,7 @@ class Setup:
     state: TrainState
     graphs: Graphs
     rollout: Callable[..., Rollouts]
+    judge: Judge | None
 
 
 def prepare(config: Config) -> Setup:
@@ -85,6 +87,7 @@ def prepare(config: Config) -> Setup:
     if config.teacher:
         teacher = Network(config.teacher.path, *load_model(config.teacher.path, layout, dtype))
     graphs = make_graphs(config, mesh, student, teacher and teacher.config, stops=stops, vocab_size=vocab_size)
+    judge = Judge(config.reward, config.rollout.max_response) if config.reward else None
     return Setup(
         config=config,
         layout=layout,
@@ -101,6 +104,7 @@ def prepare(config: Config) -> Setup:
         rollout=make_rollout(
             graphs.engine(student), max_response=config.rollout.max_response, slots=config.rollout.slots
         ),
+        judge=judge,
     )
 
 
@@ -139,11 +143,13 @@ def _check_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
 
 
 def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
-    records = load_records(config.data, seed=config.seed)
+    judged = config.reward is not None and "answer" in config.reward.terms
+    records = load_records(config.data, seed=config.seed, require_answer=judged)
     max_prompt = config.data.max_prompt
     if config.kind == "sft":
         examples, records, overlong = encode_examples(records, tokenizer, config.data, config.rollout.max_response)
-        return records, overlong, sft_batches(examples, config.rows, config.seed)
+        return records, overlong, sft_batches(examples, config.rows, config.seed, shares(records, config.data))
     encoded, records, overlong = encode_prompts(records, tokenizer, config.data)
-    batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, config.rollout.samples)
+    parts, samples = shares(records, config.data), config.rollout.samples
+    batches = prompt_batches(encoded, config.rollout.prompts, config.seed, max_prompt, samples, parts)
     return records, overlong, batches

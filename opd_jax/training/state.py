@@ -21,21 +21,27 @@ class TrainState:
     skipped: Array  # int32, updates skipped because the gradient was not finite
     params: Params  # float32 master weights
     opt_state: Any
+    moving: Params = flax.struct.field(default_factory=dict)  # float32 weights of a teacher that follows; or nothing
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+    moving: Params | None = None,
 ) -> TrainState:
     """A fresh state around ``params``, sharded as ``state_shardings`` says; one device needs none."""
 
-    def create(params: Params) -> TrainState:
-        return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params))
+    def create(params: Params, moving: Params) -> TrainState:
+        return TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.init(params), moving)
 
-    return jax.jit(create, out_shardings=shardings)(params)
+    return jax.jit(create, out_shardings=shardings)(params, moving or {})
 
 
-def state_shardings(optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout) -> TrainState:
-    """The sharding of every array of a TrainState: optimizer moments lie as the weights do."""
+def state_shardings(
+    optimizer: optax.GradientTransformation, config: DecoderConfig, layout: Layout, moving: bool = False
+) -> TrainState:
+    """The sharding of every array of a TrainState: moments, and the weights of a moving teacher, lie as weights do."""
     of_params = parameter_shardings(config, layout)
     scalar = layout.sharding()
     moments = optax.tree.map_params(
@@ -45,4 +51,4 @@ def state_shardings(optimizer: optax.GradientTransformation, config: DecoderConf
         of_params,
         transform_non_params=lambda _: scalar,
     )
-    return TrainState(scalar, scalar, of_params, moments)  # pyright: ignore[reportArgumentType]
+    return TrainState(scalar, scalar, of_params, moments, of_params if moving else {})  # pyright: ignore[reportArgumentType]

@@ -74,8 +74,12 @@ def make_update(
     shardings: TrainState | None = None,
     layout: Layout | None = None,
     micro_batch: int | None = None,
+    follow: tuple[float, int] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted ``update(state, rows, *batch, frozen=None) → (state, metrics)``; the state is donated.
+
+    ``follow`` (decay, every): after every ``every``-th update ``state.moving`` becomes decay · moving + (1 − decay) ·
+    weights.
 
     ``shardings`` (``state_shardings``) and ``layout`` keep the state where it lies on a mesh; one device needs neither.
     A step whose loss or gradient is not finite changes no weight and is counted in ``state.skipped``.
@@ -94,7 +98,14 @@ def make_update(
         )
         one = jnp.ones(())
         metrics = metrics | {"loss": (loss, one), "gradient_norm": (norm, one)}
-        state = TrainState(state.step + 1, state.skipped + ~finite, params, opt_state)
+        moving = state.moving
+        if follow:
+            decay, every = follow
+            kept = jnp.where((state.step + 1) % every == 0, decay, 1.0)
+            moving = jax.tree.map(
+                lambda old, new: jnp.where(kept == 0, new, kept * old + (1 - kept) * new), moving, params
+            )
+        state = TrainState(state.step + 1, state.skipped + ~finite, params, opt_state, moving)
         return state, metrics
 
     metric_sharding = layout.sharding() if layout else None
