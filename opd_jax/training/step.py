@@ -102,9 +102,7 @@ def make_update(
         if follow:
             decay, every = follow
             kept = jnp.where((state.step + 1) % every == 0, decay, 1.0)
-            moving = jax.tree.map(
-                lambda old, new: jnp.where(kept == 0, new, kept * old + (1 - kept) * new), moving, params
-            )
+            moving = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, moving, params)
         state = TrainState(state.step + 1, state.skipped + ~finite, params, opt_state, moving)
         return state, metrics
 
