@@ -99,44 +99,82 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory")],
-    source: Annotated[str, typer.Argument(help="problems with answers: JSONL, Parquet, task:NAME or a dataset id")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="data settings, as data.template=boxed data.split=test")
-    ] = None,
+    benchmarks: Annotated[
+        list[str],
+        typer.Argument(
+            help="aime24, aime25, amc23 (the 40 problems), math500, gsm8k; files of problems with answers (JSONL, "
+            "Parquet), NAME=FILE, task:NAME, dataset ids; and data settings, as data.template=dapo"
+        ),
+    ],
+    data: Annotated[Path | None, typer.Option(help="directory with the files of benchmarks, as aime24.jsonl")] = None,
     samples: Annotated[int, typer.Option("-k", min=1, help="responses per problem")] = 16,
-    problems: Annotated[int | None, typer.Option(min=1, help="the first n problems only")] = None,
-    max_response: Annotated[int, typer.Option(min=1, help="tokens; longer responses are cut")] = 1024,
+    problems: Annotated[int | None, typer.Option(min=1, help="the first n problems of each only")] = None,
+    max_response: Annotated[
+        int | None, typer.Option(min=1, help="tokens; default: 31,744, or what the model has positions for")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="nucleus sampling; 1: off")] = 0.95,
-    batch: Annotated[int, typer.Option(min=1, help="rows decoded together")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="responses made at the same time, over all devices")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of the random numbers")] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and cache")] = "bfloat16",
     last_number: Annotated[
         bool, typer.Option("--last-number", help="without \\boxed{} or Answer:, read the last number")
     ] = False,
-    responses: Annotated[Path | None, typer.Option(help="write every graded response here (JSONL)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory for responses.jsonl, result.json and result.md; needed to --resume")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="make the responses that --out lacks")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Accuracy of a model on a prompt file: avg@k, pass@k, response length, truncation."""
-    from opd_jax.config import parse_data
+    """Accuracy of a model on benchmarks: avg@k, pass@k, maj@k, with intervals; lengths, truncation, missing answers.
+
+    The defaults are the paper's: avg@16, temperature 0.7, top-p 0.95, 31,744 tokens, the template with \\boxed{}. Each
+    response is written when it is graded. With --out, Ctrl-C or SIGTERM stops with exit code 3; after that, or any
+    kill, --resume makes the responses that are missing.
+    """
+    from opd_jax.errors import InputError
     from opd_jax.evaluation.avg_at_k import evaluate_model
+    from opd_jax.evaluation.benchmarks import parse_benchmarks
+    from opd_jax.sampling.law import Law
 
     _check_writable("--json", json_path)
-    _check_writable("--responses", responses)
-    result, rows = evaluate_model(
+    if resume and out is None:
+        raise InputError("--resume: give the directory that is to be continued, --out DIR")
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file. Give a directory.")
+    _check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+    result = evaluate_model(
         model,
-        parse_data(source, overrides or []),
+        parse_benchmarks(benchmarks, data),
         samples=samples,
         problems=problems,
         max_response=max_response,
-        temperature=temperature,
-        top_p=top_p,
-        batch=batch,
+        law=Law(temperature, top_p),
+        slots=slots,
         seed=seed,
+        dtype=dtype,
         fallback_number=last_number,
+        out=out,
+        resume=resume,
+        stop=_stop_on_signals() if out else None,
     )
-    if responses:
-        responses.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _write_json(json_path, result)
+
+
+@app.command("compare-results")
+def compare_results(
+    results: Annotated[list[Path], typer.Argument(help="result.json of two or more `opd eval`, or their directories")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="its result: then the first is before, the others after; gap recovery rates")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for comparison.json, .md and .png")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Differences between evaluations on the same problems, with paired intervals over problems."""
+    from opd_jax.evaluation.comparison import compare
+
+    _check_writable("--json", json_path)
+    _write_json(json_path, compare(results, teacher, out))
 
 
 @app.command()

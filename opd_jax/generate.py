@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +149,7 @@ def generate_file(
         + (f"; resumed with {len(finished):,} of {total:,} done" if resume else "")
     )
     empty = 0
-    try:
+    with refused_writes(out, meta, finished):
         if not resume:
             write_atomically(epath.Path(meta), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         with (
@@ -168,11 +168,6 @@ def generate_file(
                 finished[request.id, request.sample] = len(response.tokens), response.stopped
                 empty += not row["response"].strip()
             bar.update(len(finished), meter.row())
-    except OSError as e:
-        raise InputError(
-            f"{out}: cannot write ({e.strerror or e}). Its {len(finished):,} finished responses are kept: "
-            f"make room and {'continue with --resume' if meta.exists() else 'begin again'}."
-        ) from e
     if empty:
         console.warn(f"{empty:,} of the new responses have no text; data.response=response refuses such rows")
     result: Row = {"model": str(model), "source": data.title, "out": str(out), "prompts": len(records)}
@@ -244,6 +239,18 @@ class Lines(contextlib.AbstractContextManager[Any]):
 
     def __exit__(self, *_: Any) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def refused_writes(out: Path, meta: Path, finished: Collection[Any]) -> Iterator[None]:
+    """A full disk becomes an InputError that tells how many responses ``out`` keeps."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(
+            f"{out}: cannot write ({e.strerror or e}). Its {len(finished):,} finished responses are kept: "
+            f"make room and {'continue with --resume' if meta.exists() else 'begin again'}."
+        ) from e
 
 
 def check_target(out: Path, meta: Path, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,57 +13,94 @@ import tiny_runs
 from tiny_runs import STUDENT, TEACHER, VOCAB
 
 from opd_jax.data.pipeline import stack_prompts
+from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.heldout import (
     MEASURED,
     Panel,
+    batches_of,
     collect,
-    grade_rows,
+    grade_panel,
     make_measure,
     make_panel,
     mean_metrics,
     ratio_with_error,
     sample_panel,
-    summarise_lengths,
     token_texts,
 )
+from opd_jax.evaluation.summary import summarise_lengths
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.decoder import DecoderConfig
-from opd_jax.sampling.decode import make_engine
+from opd_jax.sampling.decode import Engine, make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.packing import pack
-from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.teacher import make_score
 from opd_jax.types import Params
 
 ONE = Layout(make_mesh(1, devices=jax.devices()[:1]))
 
 
-def panel_of(problems: int, samples: int, batch: int) -> Panel:
+def panel_of(problems: int, samples: int, batch: int, shards: int = 1) -> Panel:
     encoded = [list(range(1, 2 + i % 5)) for i in range(problems)]
     prompts = stack_prompts(encoded, range(problems), 5, samples)
-    return make_panel(prompts, [f"p{i}" for i in range(problems)], [str(i) for i in range(problems)], batch)
+    names = [f"p{i}" for i in range(problems)]
+    return make_panel(prompts, names, [str(i) for i in range(problems)], batch, shards)
 
 
-@pytest.mark.parametrize(("problems", "samples", "batch"), [(5, 2, 4), (5, 2, 10), (3, 1, 8), (1, 1, 4), (4, 3, 1)])
-def test_batches_are_of_one_size_and_the_last_is_filled_up(problems: int, samples: int, batch: int) -> None:
-    panel = panel_of(problems, samples, batch)
-    rows = problems * samples
-    assert {len(b.lengths) for b in panel.batches} == {batch}
-    assert len(panel.batches) == -(-rows // batch)
+@pytest.mark.parametrize(
+    ("problems", "samples", "batch", "shards", "size"),
+    [
+        (5, 2, 4, 1, 4),
+        (5, 2, 10, 1, 10),
+        (3, 1, 8, 1, 3),
+        (1, 1, 4, 1, 1),
+        (4, 3, 1, 1, 1),
+        (30, 16, 64, 1, 60),
+        (5, 2, 4, 2, 4),
+        (7, 1, 4, 2, 4),
+        (1, 1, 4, 8, 8),
+    ],
+)
+def test_batches_are_alike_and_every_shard_gives_its_share(
+    problems: int, samples: int, batch: int, shards: int, size: int
+) -> None:
+    panel = panel_of(problems, samples, batch, shards)
+    rows, filled = problems * samples, len(panel.prompts.lengths)
+    assert {len(b) for b in panel.batches} == {size}
+    assert sorted(np.concatenate(panel.batches)) == list(range(filled))
+    assert filled - rows < len(panel.batches) * shards
     assert (panel.rows, panel.samples) == (rows, samples)
-    kept = collect(panel.batches, panel)
+    for b in panel.batches:
+        np.testing.assert_array_equal(b * shards // filled, np.arange(size) * shards // size)
+    kept = collect([jax.tree.map(lambda x, b=b: x[b], panel.prompts) for b in panel.batches], panel)
     np.testing.assert_array_equal(kept.ids, np.repeat(np.arange(problems), samples))
     np.testing.assert_array_equal(kept.samples, np.tile(np.arange(samples), problems))
     assert (kept.lengths == [1 + i % 5 for i in kept.ids]).all()
 
 
+class Letters:
+    """Token 1 ends; any other is a digit in a box."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(rf"\boxed{{{i - 10}}}" for i in ids if i > 1)
+
+
 def test_answers_meet_the_rows_of_their_problem() -> None:
     panel = panel_of(3, 2, 4)
-    texts = ["0", "1", "1", "1", "2", "0"]
-    right = grade_rows(panel, texts, lambda pairs: [text == gold for text, gold in pairs])
-    np.testing.assert_array_equal(right, [[True, False], [True, True], [True, False]])
-    without = make_panel(panel.batches[0], ["a", "b"], ["1", None], 4)
-    assert grade_rows(without, texts[:4], lambda pairs: [True] * len(pairs)) is None
+    tokens = np.array([[10, 1], [11, 1], [11, 1], [11, 99], [12, 1], [1, 1], [12, 1], [12, 1]])  # two rows to fill up
+    lengths = np.array([2, 2, 2, 1, 2, 1, 2, 2])
+    rollouts: Any = SimpleNamespace(tokens=tokens, lengths=lengths, stopped=np.arange(8) != 3)
+    with AnswerPool(1) as pool:
+        row, texts, verdicts = grade_panel(rollouts, panel, Letters(), pool)
+        assert texts == [r"\boxed{0}", r"\boxed{1}", r"\boxed{1}", r"\boxed{1}", r"\boxed{2}", ""]
+        assert verdicts is not None
+        assert [v.correct for v in verdicts] == [True, False, True, True, True, False]
+        assert (row["accuracy"], row["no_answer_rate"], row["boxed_rate"]) == (4 / 6, 1 / 6, 5 / 6)
+        assert (row["response_length"], row["response_length_median"]) == (10 / 6, 2)
+        assert (row["truncation_rate"], row["eos_rate"]) == (1 / 6, 5 / 6)
+        without = make_panel(panel.prompts, ["a", "b", "c"], ["1", None, "2"], 4)
+        row, _, verdicts = grade_panel(rollouts, without, Letters(), pool)
+        assert verdicts is None
+        assert "accuracy" not in row
 
 
 def test_ratio_with_error_against_jackknife_and_bootstrap() -> None:
@@ -93,14 +131,14 @@ def test_ratio_with_error_at_the_ends() -> None:
     assert mean == 2.5
 
 
-def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, rollout: Any) -> dict[str, Any]:
+def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, engine: Engine) -> dict[str, Any]:
     score = make_score(network, dtype=jnp.float32, layout=ONE, micro_batch=1)
     measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE, micro_batch=1)
-    batches, measured, by_token = [], [], []
-    for out in sample_panel(rollout, student, panel, Law(), 0):
+    rollouts = sample_panel(engine, engine.cast(student), panel, Law(), 0, 6)
+    measured, by_token = [], []
+    for out in batches_of(rollouts, panel):
         rows = pack(out)
         scores = score(teacher, rows)
-        batches.append(out)
         sums, kl_BR = measure(student, rows, scores.hidden, scores.head)
         # each token's value in its place: nothing past the end, the rows' sums, and not the same everywhere
         kl_BR = np.asarray(kl_BR)[: len(out.lengths)]
@@ -112,21 +150,19 @@ def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Pa
         measured.append(sums)
     per_row = collect(measured, panel)
     assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
-    rows = collect(batches, panel)
-    kl = {"kl_by_token": np.concatenate(by_token)[: panel.rows].tolist()}
-    return mean_metrics(per_row, panel) | summarise_lengths(rows.lengths, rows.stopped, panel) | kl
+    kl = {"kl_by_token": collect(by_token, panel).tolist()}
+    lengths = summarise_lengths(rollouts.lengths[: panel.rows], rollouts.stopped[: panel.rows], panel.samples)
+    return mean_metrics(per_row, panel) | lengths | kl
 
 
 @pytest.fixture(scope="module")
-def rollout() -> Any:
-    engine = make_engine(STUDENT, stop_ids=(1,), vocab_size=VOCAB, support=4, layout=ONE)
-    sample = make_rollout(engine, max_response=6)
-    return lambda params, *rest: sample(engine.cast(params), *rest)
+def engine() -> Engine:
+    return make_engine(STUDENT, stop_ids=(1,), vocab_size=VOCAB, support=4, layout=ONE)
 
 
-def test_a_student_that_is_its_teacher(rollout: Any) -> None:
+def test_a_student_that_is_its_teacher(engine: Engine) -> None:
     params = tiny_runs.params_of(STUDENT, 0)
-    row = evaluate(params, params, STUDENT, panel_of(5, 1, 3), rollout)
+    row = evaluate(params, params, STUDENT, panel_of(5, 1, 3), engine)
     for name in ("reverse_kl", "forward_kl", "entropy_gap", "overlap_advantage"):
         assert abs(row[name]) < 1e-6
     assert row["overlap_ratio"] == 1
@@ -134,17 +170,17 @@ def test_a_student_that_is_its_teacher(rollout: Any) -> None:
     assert 0 < row["student_entropy"] == pytest.approx(row["teacher_entropy"], abs=1e-6)
 
 
-def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(rollout: Any) -> None:
-    """The random numbers belong to the prompts: another cut of the panel gives the same numbers."""
+def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(engine: Engine) -> None:
+    """The random numbers belong to the prompts: other slots and batches give the same numbers."""
     student, teacher = tiny_runs.params_of(STUDENT, 0), tiny_runs.params_of(TEACHER, 1)
-    first = evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), rollout)
-    assert first == evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), rollout)
+    first = evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), engine)
+    assert first == evaluate(student, teacher, TEACHER, panel_of(5, 1, 3), engine)
     assert set(first) >= {*MEASURED, *(name + "_se" for name in MEASURED)}
     assert first["reverse_kl"] > 0.01
     assert first["forward_kl"] > 0.01
     assert 0 <= first["overlap_ratio"] < 1
     assert first["eos_rate"] == 1 - first["truncation_rate"]
-    other = evaluate(student, teacher, TEACHER, panel_of(5, 1, 5), rollout)
+    other = evaluate(student, teacher, TEACHER, panel_of(5, 1, 5), engine)
     np.testing.assert_allclose(other.pop("kl_by_token"), first.pop("kl_by_token"), rtol=1e-4, atol=1e-5)
     assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True) for name, value in first.items()}
 

@@ -15,16 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from opd_jax import hosts
+from opd_jax.evaluation.answers import AnswerPool, Verdict
+from opd_jax.evaluation.summary import summarise_lengths, summarise_verdicts
+from opd_jax.generate import SHOWN, Meter
 from opd_jax.losses import position_metrics
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig, head
+from opd_jax.sampling.decode import Engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.packing import over_passes
+from opd_jax.sampling.scheduler import make_rollout
 from opd_jax.sampling.states import hidden_states
+from opd_jax.tracking.console import console
 from opd_jax.types import Params, Prompts, Rollouts, Sequences
+
+Row = dict[str, Any]
 
 EVALUATION_STEP = 2**31 - 1  # the "step" of the random-number law; no training step reaches it
 
@@ -43,29 +50,61 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Held-out prompts in batches of equal size; the last is filled up by repetition, ``rows`` tells the real ones."""
+    """Held-out prompts. The rows from ``rows`` on only fill up the last batch, by repetition."""
 
-    batches: tuple[Prompts, ...]
-    rows: int
+    prompts: Prompts  # NumPy
+    batches: tuple[np.ndarray, ...]  # indices of the rows that are measured together, equally many
     samples: int  # consecutive rows of one prompt
     problems: tuple[str, ...]  # one a prompt
     answers: tuple[str | None, ...]
 
+    @property
+    def rows(self) -> int:
+        return len(self.problems) * self.samples
 
-def make_panel(prompts: Prompts, problems: Sequence[str], answers: Sequence[str | None], batch: int) -> Panel:
-    """Cuts stacked prompts (equally many consecutive rows for each problem) into batches of ``batch`` rows."""
+
+def batch_rows(rows: int, batch: int, shards: int) -> int:
+    """Rows of each batch, and slots: about ``batch``, so that all batches are alike and divide over the shards."""
+    batches = -(-rows // batch)
+    return -(-rows // (batches * shards)) * shards
+
+
+def make_panel(
+    prompts: Prompts, problems: Sequence[str], answers: Sequence[str | None], batch: int, shards: int = 1
+) -> Panel:
+    """A panel of stacked prompts, equally many consecutive rows for each problem.
+
+    Args:
+        shards: parts that the rows are cut into, in order; every one gives its share to each batch, so that responses
+            are measured by the process that holds them.
+    """
     rows = len(prompts.lengths)
-    starts = range(0, rows, batch)
-    batches = tuple(jax.tree.map(lambda x, s=s: x[np.arange(s, s + batch) % rows], prompts) for s in starts)
-    return Panel(batches, rows, rows // len(problems), tuple(problems), tuple(answers))
+    size = batch_rows(rows, batch, shards)
+    whole = jax.tree.map(lambda x: np.asarray(x)[np.arange(-(-rows // size) * size) % rows], prompts)
+    shares = np.arange(len(whole.lengths)).reshape(shards, -1, size // shards)
+    batches = tuple(shares[:, i].reshape(-1) for i in range(shares.shape[1]))
+    return Panel(whole, batches, rows // len(problems), tuple(problems), tuple(answers))
 
 
 def sample_panel(
-    rollout: Callable[..., Rollouts], weights: Params, panel: Panel, law: Law, seed: int
-) -> Iterator[Rollouts]:
-    """The rollouts of one evaluation, batch by batch, on the device; ``weights`` as ``rollout`` takes them."""
-    for prompts in panel.batches:
-        yield rollout(weights, prompts, law, seed, EVALUATION_STEP)
+    engine: Engine, weights: Params, panel: Panel, law: Law, seed: int, max_response: int, title: str = "evaluating"
+) -> Rollouts:
+    """One response to each row of a panel, through one queue with as many slots as a batch has rows; on the host.
+
+    ``weights``: ``engine.cast(params)``. Of several processes each gets the tokens of its own rows.
+    """
+    rollout = make_rollout(engine, max_response=max_response, slots=len(panel.batches[0]))
+    with console.progress(len(panel.prompts.lengths), title, unit="response", show=SHOWN) as bar:
+        meter = Meter(bar)
+        rollouts = rollout(weights, panel.prompts, law, seed, EVALUATION_STEP, occupancy=meter)
+        bar.update(meter.finished, meter.row())
+    return rollouts
+
+
+def batches_of(rollouts: Rollouts, panel: Panel) -> Iterator[Rollouts]:
+    """The batches in which the rollouts of a panel are measured."""
+    for rows in panel.batches:
+        yield jax.tree.map(lambda x, rows=rows: x[rows], rollouts)
 
 
 def make_measure(
@@ -110,9 +149,10 @@ def make_measure(
 
 
 def collect(parts: Sequence[Any], panel: Panel) -> Any:
-    """Concatenates batches on the host and drops the rows that only filled up the last one."""
+    """What was measured batch by batch, in the order of the panel's rows, on the host."""
     host = [hosts.fetch(p) for p in parts]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: panel.rows], *host)
+    order = np.argsort(np.concatenate(panel.batches))[: panel.rows]
+    return jax.tree.map(lambda *xs: np.concatenate(xs)[order], *host)
 
 
 def ratio_with_error(sums: np.ndarray, counts: np.ndarray, groups: int) -> tuple[float, float]:
@@ -124,27 +164,6 @@ def ratio_with_error(sums: np.ndarray, counts: np.ndarray, groups: int) -> tuple
     residual = s - mean * c
     error = math.sqrt(groups / max(groups - 1, 1) * float((residual**2).sum())) / c.sum() if groups > 1 else math.nan
     return float(mean), float(error)
-
-
-def summarise_lengths(lengths: ArrayLike, stopped: ArrayLike, panel: Panel) -> dict[str, float]:
-    """Response length (tokens), truncation and end-of-sequence rates of all rows of a panel."""
-    lengths, stopped = np.asarray(lengths), np.asarray(stopped)
-    n = len(panel.problems)
-    length, error = ratio_with_error(lengths, np.ones_like(lengths), n)
-    return {
-        "problems": n,
-        "samples": panel.samples,
-        "response_length": length,
-        "response_length_se": error,
-        "truncation_rate": float(np.mean(~stopped)),
-        "eos_rate": float(np.mean(stopped)),
-    }
-
-
-def responses(rollouts: Rollouts, tokenizer: Any) -> list[str]:
-    """Decoded texts of collected rollouts, without special tokens."""
-    rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), strict=True)
-    return [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n in rows]
 
 
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
@@ -167,11 +186,18 @@ def mean_metrics(
     return out
 
 
-def grade_rows(
-    panel: Panel, texts: Sequence[str], grade: Callable[[list[tuple[str, str]]], list[bool]]
-) -> np.ndarray | None:
-    """[problems, samples] of right answers; None where the prompts have no answers."""
-    if any(a is None for a in panel.answers):
-        return None
-    gold = [str(panel.answers[i // panel.samples]) for i in range(panel.rows)]
-    return np.asarray(grade(list(zip(texts, gold, strict=True)))).reshape(-1, panel.samples)
+def grade_panel(
+    rollouts: Rollouts, panel: Panel, tokenizer: Any, pool: AnswerPool
+) -> tuple[Row, list[str], list[Verdict] | None]:
+    """Numbers of the responses to a panel, their texts and verdicts; no verdicts where the prompts have no answers.
+
+    ``rollouts``: of all rows, and with all tokens.
+    """
+    rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), range(panel.rows), strict=False)
+    texts = [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n, _ in rows]
+    lengths, stopped = (np.asarray(x)[: panel.rows] for x in (rollouts.lengths, rollouts.stopped))
+    row = summarise_lengths(lengths, stopped, panel.samples)
+    if None in panel.answers:
+        return row, texts, None
+    verdicts = pool.judge([(text, str(panel.answers[i // panel.samples])) for i, text in enumerate(texts)])
+    return row | summarise_verdicts(verdicts, panel.samples), texts, verdicts

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax.config import Config, Positions
+from opd_jax.evaluation.heldout import batch_rows
 from opd_jax.mesh import ROLLOUT, Axes, Layout, batch_shards
 from opd_jax.models.decoder import (
     DecoderConfig,
@@ -120,8 +121,7 @@ class Programs:
 
     def evaluation_rows(self) -> int:
         evaluation = self.config.evaluation
-        rows, ways = min(evaluation.batch, evaluation.problems * evaluation.samples), self.shards
-        return -(-rows // ways) * ways
+        return batch_rows(evaluation.problems * evaluation.samples, evaluation.batch, self.shards)
 
     def cast(self, name: str, network: DecoderConfig, params: Any) -> list[Program]:
         """Embedding and head, then layer by layer: two programs."""

@@ -116,6 +116,29 @@ def position_names(rows: Sequence[Row]) -> list[str]:
     return in_order(key.removesuffix(_SUFFIX) for row in rows for key, v in row.items() if key.endswith(_SUFFIX) and v)
 
 
+def scores(groups: Mapping[str, Mapping[str, Any]], label: str = "accuracy") -> Figure:
+    """One panel a group (benchmark): a point with its interval for each name.
+
+    ``groups``: panel → name → an object with ``mean``, ``low`` and ``high``.
+    """
+    names = list(dict.fromkeys(name for held in groups.values() for name in held))
+
+    def draw(ax: Axes, group: str) -> None:
+        held = groups[group]
+        for y, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
+            if name in held:
+                score = held[name]
+                ax.plot([score.low, score.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+                ax.plot([score.mean], [y], color=colour, marker="o", markersize=7)
+        ax.set_yticks(range(len(names)), [textwrap.fill(name, 24) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(axis="y", visible=False)
+        ax.set_title(group, fontsize=10, loc="left")
+        ax.set_xlabel(f"{label}, 95 % interval over problems")
+
+    return _panels(list(groups), draw, columns=3)
+
+
 def save(figure: Figure, path: epath.PathLike) -> None:
     """Writes a PNG (200 dpi) or an SVG, by the ending of ``path``."""
     path = epath.Path(path)
