@@ -13,10 +13,12 @@ from opd_jax.config import Data
 from opd_jax.data.pipeline import (
     Example,
     Overlong,
+    Share,
     encode_examples,
     encode_prompts,
     prompt_batches,
     sft_batches,
+    shares,
     stack_prompts,
 )
 from opd_jax.data.sources import Record
@@ -135,3 +137,81 @@ def test_supervised_batches_cover_an_epoch_and_resume():
     resumed = sft_batches(examples, 2, seed=0)
     resumed.set_state(batches.get_state())
     assert next(resumed) == next(batches)
+
+
+PARTS = [Share("a", range(5), 0.5), Share("b", [5, 9, 6], 0.2), Share("c", [7, 8], 0.3)]
+
+
+def mixture(batch=4, seed=3, samples=1):
+    return prompt_batches([[i] for i in range(10)], batch, seed, 1, samples, PARTS)
+
+
+def test_mixture_serves_each_source_its_share_and_every_epoch_of_it_whole():
+    served = order(mixture(), 250)
+    for part in PARTS:
+        mine = [i for i in served if i in part.rows]
+        for n in range(1, len(served) + 1):
+            share = sum(i in part.rows for i in served[:n])
+            assert abs(share - n * part.weight) < 2 + n / 100  # grain rounds weights to 1 %
+        whole = len(mine) // len(part.rows)
+        epochs = [tuple(mine[e * len(part.rows) :][: len(part.rows)]) for e in range(whole)]
+        assert whole > 50
+        assert all(sorted(epoch) == sorted(part.rows) for epoch in epochs)
+        assert len(set(epochs)) > 1
+
+
+def test_epochs_of_each_source_are_counted_and_survive_a_resume():
+    batches = mixture()
+    served = order(batches, 30)
+    expected = {part.name: sum(i in part.rows for i in served) / len(part.rows) for part in PARTS}
+    assert batches.epochs() == expected
+    resumed = mixture()
+    resumed.set_state(json.loads(json.dumps(batches.get_state())))
+    assert resumed.epochs() == expected
+    assert order(resumed, 3) == order(batches, 3)
+    assert resumed.epochs() == batches.epochs() != expected
+    assert prompt_batches([[1]] * 4, 2, 0, 1).epochs() == {"": 0}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+def test_a_mixture_resumes_at_any_step(batch):
+    """Forty kill points over several epochs of every source, some killed twice."""
+    whole = order(mixture(batch), 40)
+    for stop in range(40):
+        batches = mixture(batch)
+        got = order(batches, stop)
+        for pause in (2, 40 - stop - 2) if stop % 3 == 0 and stop <= 38 else (40 - stop,):
+            state = json.loads(json.dumps(batches.get_state()))
+            batches = mixture(batch)
+            batches.set_state(state)
+            got += order(batches, pause)
+        assert got == whole
+
+
+def test_two_sources_of_one_length_are_shuffled_apart():
+    parts = [Share("a", range(50), 1.0), Share("b", range(50, 100), 1.0)]
+    served = order(prompt_batches([[i] for i in range(100)], 10, 0, 1, parts=parts), 10)
+    first, second = ([i % 50 for i in served if i // 50 == p] for p in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_each_part_has_its_own_template_and_its_rows_are_known(tokenizer):
+    mix = {"x": {"source": "x.jsonl", "weight": 3}, "y": {"source": "y.jsonl", "template": "{problem} h"}}
+    data = Data.model_validate({"mix": mix, "chat": False, "max_prompt": 3, "template": "g {problem}"})
+    records = [Record("x/0", "a b", source="x"), Record("y/0", "a b c", source="y"), Record("y/1", "b", source="y")]
+    encoded, kept, dropped = encode_prompts(records, tokenizer, data)
+    assert encoded == [[7, 1, 2], [2, 8]]
+    assert dropped == Overlong(1, 0)
+    assert shares(kept, data) == [("x", [0], 3.0), ("y", [1], 1.0)]
+    with pytest.raises(InputError, match=r"data\.mix\.x: none of its rows fits"):
+        shares(kept[1:], data)
+    assert shares(kept, DATA) == [("", range(2), 1.0)]
+
+
+def test_supervised_mixture():
+    examples = [Example([i], [0]) for i in range(10)]
+    batches = sft_batches(examples, 4, 3, PARTS)
+    assert [[e.prompt[0] for e in b] for b in itertools.islice(batches, 9)] == np.reshape(
+        order(mixture(), 9), (9, 4)
+    ).tolist()

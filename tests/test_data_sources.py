@@ -29,6 +29,7 @@ COUNTS = {
 
 
 def write(path: Path, *rows: object) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
     return str(path)
 
@@ -88,7 +89,27 @@ def test_hugging_face_dataset(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     records = load_records(Data(source="openai/gsm8k", subset="main", split="test", limit=2), require_answer=True)
     assert records == [Record("0", "1 + 1 ?", "2"), Record("1", "1 + 1 ?", "2")]
-    assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test", "streaming": True})]
+    assert len(load_records(Data(source="openai/gsm8k"))) == 3
+    assert calls[1] == (("openai/gsm8k", None), {"split": "train", "streaming": False})
+
+
+def test_real_dataset_streamed_or_whole(tmp_path, monkeypatch):
+    write(tmp_path / "set" / "train.jsonl", *({"id": n, "problem": f"{n} ?", "answer": str(n)} for n in range(5)))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = Data(source=str(tmp_path / "set"))
+    assert load_records(data) == [Record(str(n), f"{n} ?", str(n)) for n in range(5)]
+    assert load_records(data.model_copy(update={"limit": 2})) == load_records(data)[:2]
+
+
+def test_a_stream_that_breaks_off_says_where(monkeypatch):
+    def rows():
+        yield {"problem": "a"}
+        raise ConnectionError("lost")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows()))
+    with pytest.raises(InputError, match=r"some/set, split train.*after row 1 \(lost\)"):
+        load_records(Data(source="some/set"))
 
 
 def test_unreachable_dataset_names_the_way_out(monkeypatch):
@@ -116,7 +137,12 @@ def test_unreachable_dataset_names_the_way_out(monkeypatch):
         (b'{"problem": {"a": 1}}\n', {}, r":1: found dict where text"),
         (b'{"prompt": ["a"]}\n', {}, r":1: found a list that is no conversation"),
         (b'{"prompt": []}\n', {}, r":1: a conversation with 0 messages"),
-        (b'{"id": 1, "problem": "a"}\n{"id": "1", "problem": "b"}\n', {}, r"id '1' stands twice, in rows 1 and 2"),
+        (
+            b'{"id": 1, "problem": "a"}\n{"id": "1", "problem": "b"}\n',
+            {},
+            r"bad\.jsonl:2: id '1' stands at .*bad\.jsonl:1,",
+        ),
+        (b'{"problem": ' + b"1" * 5_000 + b"}\n", {}, r":1: malformed JSON"),
         (b'{"problem": ' + b"[" * 100_000 + b"\n", {}, r":1: malformed JSON"),
     ],
 )
@@ -130,8 +156,62 @@ def test_bad_rows(tmp_path, content, options, message):
 def test_answers_are_required_only_where_asked_for(tmp_path):
     source = write(tmp_path / "a.jsonl", {"problem": "a", "answer": "1"}, {"problem": "b", "answer": None})
     assert [r.answer for r in load_records(Data(source=source))] == ["1", None]
-    with pytest.raises(InputError, match=r"row 2 .*has no answer.*data\.answer"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: no answer.*data\.answer"):
         load_records(Data(source=source), require_answer=True)
+
+
+GOOD = b'{"id": "g", "problem": "a", "answer": "1"}\n'
+BAD = {
+    b'{"problem": \n': "malformed JSON",
+    b"[1]\n": "malformed JSON",
+    b'{"problem": "\xff", "answer": "1"}\n': "not UTF-8",
+    b'{"text": "a", "answer": "1"}\n': "missing column",
+    b'{"problem": "", "answer": "1"}\n': "empty problem",
+    b'{"problem": {"a": 1}, "answer": "1"}\n': "not text",
+    b'{"problem": [], "answer": "1"}\n': "no conversation",
+    b'{"problem": "b", "answer": null}\n': "no answer",
+    b'{"id": "g", "problem": "b", "answer": "1"}\n': "repeated id",
+}
+
+
+def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path, caplog):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"".join([GOOD, *BAD, b'{"id": "h", "problem": "c", "answer": "2"}\n']))
+    records = load_records(Data(source=str(path), skip_bad=True), require_answer=True)
+    assert [r.id for r in records] == ["g", "h"]
+    assert caplog.messages[0].startswith(f"{path}: 9 bad rows left out: 2 malformed JSON, ")
+    for kind in BAD.values():
+        assert f"{2 if kind == 'malformed JSON' else 1} {kind}" in caplog.messages[0]
+    assert [r.id for r in load_records(Data(source=str(path), skip_bad=True, limit=1))] == ["g"]
+    path.write_bytes(b"".join(list(BAD)[:-1]))  # nothing repeats the last one's id
+    with pytest.raises(InputError, match=r"no rows left \(8 bad rows left out: 2 malformed JSON"):
+        load_records(Data(source=str(path), skip_bad=True, limit=5), require_answer=True)
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_each_bad_row_is_named_by_its_line(tmp_path, row):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(GOOD + row)
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: "):
+        load_records(Data(source=str(path)), require_answer=True)
+
+
+def test_mixture_keeps_ids_apart_and_knows_the_sources(tmp_path):
+    first = write(tmp_path / "a.jsonl", *({"problem": f"a{n}", "answer": "1"} for n in range(3)))
+    second = write(tmp_path / "b.jsonl", *({"task": f"b{n}", "gold": "2"} for n in range(3)))
+    mix = {"a": {"source": first}, "b": {"source": second, "problem": "task", "answer": "gold", "limit": 2}}
+    records = load_records(Data.model_validate({"mix": mix}), require_answer=True)
+    assert records == [Record(f"a/{n}", f"a{n}", "1", source="a") for n in range(3)] + [
+        Record(f"b/{n}", f"b{n}", "2", source="b") for n in range(2)
+    ]
+    with pytest.raises(InputError, match=r"b\.jsonl:1: no column problem or question or prompt"):
+        load_records(Data.model_validate({"mix": {"a": {"source": first}, "b": {"source": second}}}))
+
+
+def test_an_escape_in_the_text_is_told(tmp_path, caplog):
+    source = write(tmp_path / "a.jsonl", {"problem": r"1 + 1 ? Put it within \boxed{{}}."}, {"problem": r"\boxed{}"})
+    load_records(Data(source=source))
+    assert r"1 problems hold \boxed{{}}, an escape that nothing renders" in caplog.text
 
 
 def test_bad_files(tmp_path):

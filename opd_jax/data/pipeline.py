@@ -1,14 +1,16 @@
-"""From records to batches of token ids: encoding with counts of what did not fit, then endless shuffled iterators.
+"""From records to batches of token ids: encoding with counts of what did not fit, then endless shuffled batches.
 
-The iterators are grain's: ``get_state()`` is a small JSON-able dict, ``set_state(state)`` continues with exactly the
-batch that would have come next. Each epoch has its own order. Batches run on across the end of an epoch, so every
-epoch serves every row exactly once whatever the batch size.
+Each source is shuffled by itself, in another order every epoch; a mixture takes from them by weight, evenly: of any n
+rows in succession, each source has its share to within a row or two (and 1 %: grain rounds the weights). Batches run
+on across the end of an epoch, so every epoch of a source serves every row of it exactly once, whatever the batch size.
+Every process makes the same batches, and takes its own rows of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import grain
 import numpy as np
@@ -20,6 +22,7 @@ from opd_jax.errors import InputError
 from opd_jax.types import Prompts
 
 Tokens = list[int]
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -27,6 +30,14 @@ class Example(NamedTuple):
 
     prompt: Tokens
     response: Tokens
+
+
+class Share(NamedTuple):
+    """The rows of one source, and how many of the rows served they are to be, relative to the other sources."""
+
+    name: str
+    rows: Sequence[int]
+    weight: float
 
 
 class Overlong(NamedTuple):
@@ -52,7 +63,8 @@ def encode_prompts(
     Raises:
         InputError: every prompt is too long and would be dropped; what ``encode_prompt`` refuses.
     """
-    encoded = [_encode(record, tokenizer, data) for record in records]
+    encode = _encoder(tokenizer, data)
+    encoded = [encode(record) for record in records]
     fitting = [i for i, tokens in enumerate(encoded) if len(tokens) <= data.max_prompt]
     too_long = len(records) - len(fitting)
     if data.overlong == "truncate":
@@ -60,10 +72,33 @@ def encode_prompts(
     if not fitting:
         shortest = min(map(len, encoded))
         raise InputError(
-            f"{data.source}: all {len(records)} prompts are longer than data.max_prompt={data.max_prompt} tokens; "
+            f"{data.title}: all {len(records)} prompts are longer than data.max_prompt={data.max_prompt} tokens; "
             f"the shortest has {shortest}. Raise data.max_prompt, or set data.overlong=truncate."
         )
     return [encoded[i] for i in fitting], [records[i] for i in fitting], Overlong(too_long, 0)
+
+
+def encode_context(record: Record, tokenizer: Any, data: config.Data, context: str | None) -> Tokens:
+    """The prompt of a teacher that knows more: ``context`` holds {problem} and {answer} or {response}; None: the
+    student's own.
+
+    Raises:
+        InputError: the record lacks what the context holds.
+    """
+    if context is None:
+        return _encoder(tokenizer, data)(record)[-data.max_prompt :]
+
+    def value(match: re.Match[str]) -> str:
+        found = getattr(record, match[1])
+        if found is None:
+            raise InputError(
+                f"{data.title}: record {record.id!r} has no {match[1]}, which teacher.context holds. Name its column "
+                f"with data.{match[1]}=COLUMN, or fill it."
+            )
+        return found
+
+    text = re.sub(r"\{(problem|answer|response)\}", value, context)
+    return encode_prompt(tokenizer, text, "plain", data.chat, data.chat_arguments)
 
 
 def encode_examples(
@@ -78,12 +113,13 @@ def encode_examples(
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token, so responses could not be taught to end.")
+    encode = _encoder(tokenizer, data)
     examples, kept, truncated = [], [], 0
     for record in records:
         if record.response is None:
-            raise InputError(f"{data.source}: record {record.id!r} has no response. Set data.response=COLUMN.")
+            raise InputError(f"{data.title}: record {record.id!r} has no response. Set data.response=COLUMN.")
         response = [*tokenizer.encode(record.response, add_special_tokens=False), tokenizer.eos_token_id]
-        prompt = _encode(record, tokenizer, data)
+        prompt = encode(record)
         too_long = len(prompt) > data.max_prompt
         if len(response) <= max_response and not (too_long and data.overlong == "drop"):
             examples.append(Example(prompt[-data.max_prompt :], response))
@@ -91,7 +127,7 @@ def encode_examples(
             truncated += too_long
     if not kept:
         raise InputError(
-            f"{data.source}: none of {len(records)} rows has a prompt within data.max_prompt={data.max_prompt} and a "
+            f"{data.title}: none of {len(records)} rows has a prompt within data.max_prompt={data.max_prompt} and a "
             f"response within max_response={max_response} tokens. Raise these limits."
         )
     return examples, kept, Overlong(len(records) - len(kept), truncated)
@@ -118,25 +154,89 @@ def stack_prompts(encoded: Sequence[Tokens], ids: Sequence[int], max_prompt: int
     return Prompts(**arrays)
 
 
+def shares(records: Sequence[Record], data: config.Data) -> list[Share]:
+    """What each source of ``data`` contributes to the batches; ``records`` are those that were kept.
+
+    Raises:
+        InputError: a part of the mixture of which nothing was kept.
+    """
+    if not data.mix:
+        return [Share("", range(len(records)), 1.0)]
+    rows: dict[str, list[int]] = {name: [] for name in data.mix}
+    for i, record in enumerate(records):
+        rows[record.source].append(i)
+    for name, kept in rows.items():
+        if not kept:
+            raise InputError(
+                f"data.mix.{name}: none of its rows fits. Raise data.max_prompt={data.max_prompt}, set "
+                "data.overlong=truncate, or remove it."
+            )
+    return [Share(name, kept, data.mix[name].weight) for name, kept in rows.items()]
+
+
+class Batches(Iterator[T], Generic[T]):
+    """Endless batches of ``batch`` rows from ``parts``, made by ``stack`` from the indices of the rows.
+
+    ``get_state()`` is a small JSON-able dict; ``set_state(state)`` continues with exactly the batch that would have
+    come next.
+    """
+
+    def __init__(self, parts: Sequence[Share], batch: int, seed: int, stack: Callable[[Sequence[int]], T]):
+        self._parts, self._stack = parts, stack
+        self._part_of = {i: p for p, part in enumerate(parts) for i in part.rows}
+        self._served = [0] * len(parts)
+        orders = [grain.MapDataset.source(part.rows).seed(seed + p).shuffle().repeat() for p, part in enumerate(parts)]
+        mixed = grain.MapDataset.mix(orders, [part.weight for part in parts]) if len(parts) > 1 else orders[0]
+        # drop_remainder: the endless dataset has none, but rounding its length up overflows at batch 1.
+        batches = mixed.batch(batch, drop_remainder=True, batch_fn=list)
+        # No look-ahead: stacking takes microseconds, and threads would outlive the run.
+        self._rows = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        rows: list[int] = next(self._rows)
+        for i in rows:
+            self._served[self._part_of[i]] += 1
+        return self._stack(rows)
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been served so far; the name of a single source is empty."""
+        return {part.name: n / len(part.rows) for part, n in zip(self._parts, self._served, strict=True)}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self._rows.get_state(), "served": list(self._served)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._rows.set_state(state["rows"])
+        self._served = list(state["served"])
+
+
 def prompt_batches(
-    encoded: Sequence[Tokens], batch: int, seed: int, max_prompt: int, samples: int = 1
-) -> grain.DatasetIterator[Prompts]:
-    """Endless ``Prompts`` of ``batch`` prompts × ``samples`` rows, see ``stack_prompts``."""
-    return _endless(len(encoded), batch, seed, lambda ids: stack_prompts(encoded, ids, max_prompt, samples))
+    encoded: Sequence[Tokens],
+    batch: int,
+    seed: int,
+    max_prompt: int,
+    samples: int = 1,
+    parts: Sequence[Share] | None = None,
+) -> Batches[Prompts]:
+    """Endless ``Prompts`` of ``batch`` prompts × ``samples`` rows, see ``stack_prompts``; ``parts`` as from ``shares``,
+    None: one source."""
+    parts = parts or [Share("", range(len(encoded)), 1.0)]
+    return Batches(parts, batch, seed, lambda ids: stack_prompts(encoded, ids, max_prompt, samples))
 
 
-def sft_batches(examples: Sequence[Example], batch: int, seed: int) -> grain.DatasetIterator[list[Example]]:
-    """Endless batches of supervised examples."""
-    return _endless(len(examples), batch, seed, lambda ids: [examples[i] for i in ids])
+def sft_batches(
+    examples: Sequence[Example], batch: int, seed: int, parts: Sequence[Share] | None = None
+) -> Batches[list[Example]]:
+    """Endless batches of supervised examples; ``parts`` as in ``prompt_batches``."""
+    parts = parts or [Share("", range(len(examples)), 1.0)]
+    return Batches(parts, batch, seed, lambda ids: [examples[i] for i in ids])
 
 
-def _endless(rows: int, batch: int, seed: int, stack: Callable[[Sequence[int]], Any]) -> grain.DatasetIterator[Any]:
-    rows_in_order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
-    # drop_remainder: the endless dataset has none, but rounding its length up overflows at batch 1.
-    batches = rows_in_order.batch(batch, drop_remainder=True, batch_fn=stack)
-    # No read-ahead threads: stacking takes microseconds, and threads would outlive the run.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def _encode(record: Record, tokenizer: Any, data: config.Data) -> Tokens:
-    return encode_prompt(tokenizer, record.problem, data.template, data.chat, data.chat_arguments)
+def _encoder(tokenizer: Any, data: config.Data) -> Callable[[Record], Tokens]:
+    parts = data.parts
+    return lambda record: encode_prompt(
+        tokenizer, record.problem, parts[record.source].template, data.chat, data.chat_arguments
+    )
