@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -146,3 +147,45 @@ def test_unknown_tasks_are_refused(name: str, tmp_path: Path) -> None:
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(InputError, match="expected train or test"):
         make_task("products-13x4", "validation", 1)
+
+
+@pytest.mark.parametrize("name", ["sums-1x2", "sums-4x5", "linear-1", "linear-3", "gcd-1", "gcd-6"])
+def test_tasks_in_words_are_true_step_by_step(name: str) -> None:
+    rows = make_task(name, "train", 200)
+    digits = int(name.split("-")[1][0])
+    for row in rows:
+        problem, answer = row["problem"], int(row["answer"])
+        numbers = [int(n) for n in re.findall(r"\d+", problem)]
+        if name.startswith("sums"):
+            terms = problem.removeprefix("What is ").removesuffix("?").replace("- ", "-").replace("+ ", "").split()
+            assert sum(map(int, terms)) == answer
+            assert len(terms) == int(name[-1])
+        elif name.startswith("gcd"):
+            assert math.gcd(*numbers) == answer
+        else:
+            a, sign, b, c = re.fullmatch(r"Solve (\d+)x ([+-]) (\d+) = (-?\d+) for x\.", problem).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            assert int(a) * answer + int(sign + b) == int(c)
+        if not name.startswith("linear"):  # its right side is larger
+            assert max(numbers) < 10**digits
+        steps = row["response"].removesuffix(f". Answer: {answer}").split(", ")
+        for step in steps:
+            sides = [side.split("x")[0] if side.endswith("x") else side for side in step.split(" = ")]
+            values = {value(side) for side in sides[-2:]}
+            assert len(values) == 1, step
+        assert verify(row["response"], row["answer"])
+    assert rows == make_task(name, "train", 200)
+    assert not {row["problem"] for row in rows} & {row["problem"] for row in make_task(name, "test", 20)}
+
+
+def value(text: str) -> float:
+    """Of a product, a sum or a quotient of integers, by Python's own grammar."""
+    node = ast.parse(text, mode="eval").body
+
+    def of(node: ast.AST) -> float:
+        if isinstance(node, ast.BinOp):
+            left, right = of(node.left), of(node.right)
+            operations = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
+            return operations[type(node.op)] if type(node.op) in operations else left / right
+        return float(ast.literal_eval(node))
+
+    return of(node)

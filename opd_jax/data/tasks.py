@@ -13,8 +13,10 @@ corpus, of whatever size, can know the truth; ``answer`` is always the true one.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".")
 _EXACT_STYLE = 0.5 ** np.arange(1, 9) / (1 - 0.5**8)
 LARGEST = 200  # the table of facts has M³ entries
 _NAME = re.compile(r"products-(\d+)x(\d+)(-shaky)?")
+_IN_WORDS = re.compile(r"(sums)-([1-9])x([2-9])|(linear|gcd)-([1-9])")
 
 
 def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[dict[str, str]]:
@@ -37,29 +40,22 @@ def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[di
     Raises:
         InputError: unknown task or split.
     """
-    modulus, length, shaky = _parse(name)
+    draw, key = _in_words(name) or _products(name)
     if split not in ("train", "test"):
         raise InputError(f"task:{name}: data.split is '{split}'; expected train or test")
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), modulus, length, shaky])
-    table = _fact_table(modulus, shaky)
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), *key])
     out: list[dict[str, str]] = []
     while len(out) < (rows or 16_384):
-        numbers = rng.integers(1, modulus, length)
-        problem = f"{' * '.join(map(str, numbers))} mod {modulus} ?"
+        problem, answer, response = draw(rng)
         if (zlib.crc32(problem.encode()) % 8 == 0) == (split == "test"):
-            answer = 1
-            for n in numbers.tolist():
-                answer = answer * n % modulus
-            response = _work_out(numbers, table, rng, None if shaky else _EXACT_STYLE)
-            out.append(
-                {"id": f"{name}/{split}/{len(out)}", "problem": problem, "answer": str(answer), "response": response}
-            )
+            identity = f"{name}/{split}/{len(out)}"
+            out.append({"id": identity, "problem": problem, "answer": str(answer), "response": response()})
     return out
 
 
 def write_task_tokenizer(path: str | Path, name: str) -> int:
     """Writes a word-level tokenizer for the task as a Hugging Face directory; returns its size."""
-    modulus, _, _ = _parse(name)
+    modulus, _, _ = _modulus_length_shaky(name)
     words = ["<pad>", "<eos>", "*", "=", "mod", "?", "Answer:", *CONNECTIVES, *map(str, range(modulus + 1))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,12 +63,80 @@ def write_task_tokenizer(path: str | Path, name: str) -> int:
     return len(words)
 
 
-def _parse(name: str) -> tuple[int, int, bool]:
+Draw = Callable[[np.random.Generator], tuple[str, int, Callable[[], str]]]  # → problem, answer, response when called
+
+
+def _products(name: str) -> tuple[Draw, tuple[int, ...]]:
+    modulus, length, shaky = _modulus_length_shaky(name)
+    table = _fact_table(modulus, shaky)
+    style = None if shaky else _EXACT_STYLE
+
+    def draw(rng: np.random.Generator) -> tuple[str, int, Callable[[], str]]:
+        numbers = rng.integers(1, modulus, length)
+        answer = math.prod(numbers.tolist()) % modulus
+        problem = f"{' * '.join(map(str, numbers))} mod {modulus} ?"
+        return problem, answer, lambda: _work_out(numbers, table, rng, style)
+
+    return draw, (modulus, length, shaky)
+
+
+def _in_words(name: str) -> tuple[Draw, tuple[int, ...]] | None:
+    match = _IN_WORDS.fullmatch(name)
+    if not match:
+        return None
+    size, count = 10 ** int(match[2] or match[5]), int(match[3] or 0)
+    kinds: dict[str, Callable[[np.random.Generator], tuple[str, int, list[str]]]] = {
+        "sums": lambda rng: _sum(rng.integers(0, size, count).tolist(), rng.choice([-1, 1], count - 1).tolist()),
+        "linear": lambda rng: _linear(*rng.integers([2, 1 - size, 1 - size], size).tolist()),
+        "gcd": lambda rng: _gcd(*_pair(rng, size)),
+    }
+    kind = kinds[match[1] or match[4]]
+
+    def draw(rng: np.random.Generator) -> tuple[str, int, Callable[[], str]]:
+        problem, answer, steps = kind(rng)
+        return problem, answer, lambda: f"{', '.join(steps)}. Answer: {answer}"
+
+    return draw, (zlib.crc32(name.encode()),)
+
+
+def _sum(numbers: list[int], signs: list[int]) -> tuple[str, int, list[str]]:
+    running, steps, problem = numbers[0], [], str(numbers[0])
+    for n, sign in zip(numbers[1:], signs, strict=True):
+        term = f"{'+' if sign > 0 else '-'} {n}"
+        steps.append(f"{running} {term} = {running + sign * n}")
+        running += sign * n
+        problem += f" {term}"
+    return f"What is {problem}?", running, steps
+
+
+def _linear(a: int, b: int, x: int) -> tuple[str, int, list[str]]:
+    c = a * x + b
+    shift, back = ("+", "-") if b >= 0 else ("-", "+")
+    steps = [f"{a}x = {c} {back} {abs(b)} = {a * x}", f"x = {a * x} / {a} = {x}"]
+    return f"Solve {a}x {shift} {abs(b)} = {c} for x.", x, steps
+
+
+def _pair(rng: np.random.Generator, size: int) -> list[int]:
+    """Multiples of a common factor, for most pairs of random numbers have none."""
+    factor = int(rng.integers(1, math.isqrt(size) + 1))
+    return (factor * rng.integers(1, (size - 1) // factor + 1, 2)).tolist()
+
+
+def _gcd(a: int, b: int) -> tuple[str, int, list[str]]:
+    problem = f"What is the greatest common divisor of {a} and {b}?"
+    steps = []
+    while b:
+        steps.append(f"{a} = {a // b} * {b} + {a % b}")
+        a, b = b, a % b
+    return problem, a, steps
+
+
+def _modulus_length_shaky(name: str) -> tuple[int, int, bool]:
     match = _NAME.fullmatch(name)
     if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
             f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below {LARGEST}, N ≥ 2, as in "
-            "products-13x4"
+            "products-13x4; or sums-DxN, linear-D, gcd-D, with D digits from 1 to 9 and N numbers from 2 to 9"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 
