@@ -335,6 +335,25 @@ class Config(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        longest, positions = self.rollout.max_response, self.positions
+        for name, length in (("rollout.length", self.rollout.length), ("positions.horizon", positions.horizon)):
+            for end in ("start", "end"):
+                if length and (getattr(length, end) or 0) > longest:
+                    raise ValueError(
+                        f"{name}.{end}={getattr(length, end)} is beyond rollout.max_response={longest}; lower it, or "
+                        "raise rollout.max_response"
+                    )
+        horizon = positions.horizon
+        trained = min(horizon.start, horizon.end or longest) if horizon else longest
+        if positions.skip >= trained:
+            raise ValueError(
+                f"positions.skip={positions.skip} leaves nothing to train of the first {trained} tokens of a response "
+                "(positions.horizon, rollout.max_response); lower it"
+            )
+        return self
+
     def _uncorrected(self) -> bool:
         policy_gradient = self.objective.name == "sampled" or self.reward is not None
         return policy_gradient and self.objective.correction == "none"
@@ -386,6 +405,7 @@ def dump_config(config: Config) -> str:
 
 
 _M = TypeVar("_M", bound=Strict)
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 def _validated(model: type[_M], tree: dict[str, Any], where: str) -> _M:
@@ -397,7 +417,15 @@ def _validated(model: type[_M], tree: dict[str, Any], where: str) -> _M:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 1e-6 is a float (YAML 1.1 reads it as text). A key that stands twice is refused."""
+    """YAML 1.2: 1e-6 is a float and ``off`` a text, as ``alarm: off`` needs (YAML 1.1: a text, a boolean).
+
+    A key that stands twice is refused.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's)
+        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

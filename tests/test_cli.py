@@ -51,6 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(root / "good")
     tiny_model(root / "other", "products-7x2")
     tiny_model(root / "narrow", vocab_size=19)
+    tiny_model(root / "short", max_positions=16)
     (root / "empty").mkdir()
     broken = tiny_model(root / "truncated")
     weights = (broken / "model.safetensors").read_bytes()
@@ -65,6 +66,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (endless / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
     (root / "empty.jsonl").write_text('{"problem": " "}\n')
     (root / "fake.gguf").write_bytes(b"not a gguf")
+    (root / "malformed.jsonl").write_text('{"problem": "a"}\n{"problem": \n')
+    (root / "latin.jsonl").write_bytes('{"problem": "é"}\n'.encode("latin-1"))
+    (root / "twice.jsonl").write_text('{"id": 1, "problem": "a"}\n{"id": 1, "problem": "b"}\n')
+    (root / "fake.parquet").write_bytes(b"PAR1")
+    (root / "list.yaml").write_text("- steps: 3\n")
+    (root / "twice.yaml").write_text("steps: 3\nsteps: 4\n")
     (root / "no_answers.jsonl").write_text('{"problem": "1 * 1 mod 5 ?"}\n')
     (root / "file").write_text("in the way")
     return root
@@ -126,10 +133,79 @@ TRAIN = [
     (["run.yaml", "data.source=task:nonsense"], "task:nonsense: unknown task"),
     (["run.yaml", "data.chat=true"], "has no chat template"),
     (["run.yaml", "data.max_prompt=1"], "all 32 prompts are longer than data.max_prompt=1"),
-    (["run.yaml", "evaluation.data.source=absent.jsonl"], "absent.jsonl: no such file"),
+    (["run.yaml", "evaluation.data={{source: absent.jsonl, max_prompt: 6}}"], "absent.jsonl: no such file"),
     (["run.yaml", "evaluation.data={{source: task:products-5x2, chat: false, max_prompt: 1}}"], "are longer than"),
     (["run.yaml", "kind=sft"], "kind=sft needs data.response"),
     (["run.yaml", "kind=sft", "data.response=absent", "data.source={models}/no_answers.jsonl"], "no column absent"),
+    (["{models}/list.yaml"], "list.yaml: expected a mapping of settings, found list"),
+    (["{models}/twice.yaml"], "key 'steps' stands twice"),
+    (["{models}/file"], "file: expected a mapping of settings, found str"),
+    (["run.yaml", "steps=-3"], "steps: Input should be greater than or equal to 1 (found -3)"),
+    (["run.yaml", "steps=1e3"], "steps: Input should be a valid integer (found 1000.0)"),
+    (["run.yaml", "run_dir=null"], "run_dir: Input should be a valid string"),
+    (["run.yaml", "run_dir=xx://a/run"], "xx://a/run: unknown kind of path; expected a local one or gs://"),
+    (["run.yaml", "studnet.path=x"], "studnet: unknown key; did you mean 'student'?"),
+    (["run.yaml", "student=good"], "student: expected a section of settings, found 'good'"),
+    (["run.yaml", "student.path={models}/endless"], "Set eos_token_id in generation_config.json"),
+    (["run.yaml", "student.path={models}/file"], "Expected a Hugging Face model directory"),
+    (["run.yaml", "teacher=null"], "kind=opd needs teacher.path"),
+    (["run.yaml", "teacher.path={models}/foreign"], "expected one of llama, mistral, qwen2, qwen3"),
+    (["run.yaml", "teacher.path={models}/narrow"], "give the directory the model's own"),
+    (["run.yaml", "teacher.path={models}/short"], "= 18 tokens, but the model is made for 16"),
+    (["run.yaml", "student.path={models}/short"], "Lower one of them by 2, or take a model for longer texts"),
+    (["run.yaml", "rollout.max_response=100"], "made for 64 (max_position_embeddings in its config.json). Lower one"),
+    (["run.yaml", "evaluation.data.source=task:products-5x2"], "Lower one of them by 972"),
+    (
+        [
+            *("run.yaml", "evaluation.max_response=80"),
+            "evaluation.data={{source: task:products-5x2, chat: false, max_prompt: 6}}",
+        ],
+        "evaluation.data.max_prompt=6 + evaluation.max_response=80 = 86 tokens",
+    ),
+    (["run.yaml", "rollout.temperature=-0.5"], "rollout.temperature: Input should be greater than or equal to 0"),
+    (["run.yaml", "rollout.top_p=1.5"], "rollout.top_p: Input should be less than or equal to 1"),
+    (["run.yaml", "rollout.top_k=-1"], "rollout.top_k: Input should be greater than or equal to 0"),
+    (["run.yaml", "rollout.slots=3"], "rollout.slots: axis 'batch' has size 3, which does not divide over mesh.data"),
+    (["run.yaml", "rollout.length={{start: 4}}"], "rollout.length.steps: required"),
+    (["run.yaml", "rollout.length={{start: 40, steps: 3}}"], "rollout.length.start=40 is beyond rollout.max_response"),
+    (["run.yaml", "positions.horizon={{start: 2, end: 13, steps: 3}}"], "positions.horizon.end=13 is beyond"),
+    (["run.yaml", "positions.skip=12"], "positions.skip=12 leaves nothing to train of the first 12 tokens"),
+    (["run.yaml", "positions.skip=3", "positions.horizon={{start: 3, steps: 9}}"], "leaves nothing to train"),
+    (["run.yaml", "micro_batch=3"], "micro_batch=3 does not divide rollout.prompts × rollout.samples"),
+    (["run.yaml", "micro_batch=4"], "micro_batch: axis 'batch' has size 4, which does not divide over mesh.data"),
+    (["run.yaml", "updates=3"], "updates=3 does not divide rollout.prompts × rollout.samples = 8"),
+    (["run.yaml", "updates=2", "objective.name=sampled"], "set objective.correction=tis, or updates=1"),
+    (["run.yaml", "mesh.data=0"], "mesh: sizes must be ≥ 1, at most one of them -1"),
+    (["run.yaml", "mesh.data=-1", "mesh.fsdp=-1"], "mesh: sizes must be ≥ 1, at most one of them -1"),
+    (["run.yaml", "mesh.data=1", "mesh.tensor=8"], "does not divide over mesh.tensor = 8"),
+    (["run.yaml", "mesh.fsdp=two"], "mesh.fsdp: Input should be a valid integer (found 'two')"),
+    (["run.yaml", "optimizer.lr=-1e-3"], "optimizer.lr: Input should be greater than 0"),
+    (["run.yaml", "optimizer.schedule=wsd"], "wsd, and only that, takes the number of the last steps"),
+    (["run.yaml", "optimizer.moment_dtype=float16"], "optimizer.moment_dtype: Input should be 'float32' or 'bfloat16'"),
+    (["run.yaml", "objective.name=reverse"], "objective.name: Input should be 'sampled', 'full', 'topk'"),
+    (["run.yaml", "objective.k=0"], "objective.k: Input should be greater than or equal to 1"),
+    (["run.yaml", "objective.ratio_high=2"], "objective: correction=none has no ratio_high; remove it"),
+    (["run.yaml", "objective.correction=tis"], "which objective.name=full has none of; set objective.name=sampled"),
+    (["run.yaml", "objective.name=topk", "objective.tail=true", "objective.normalise=false"], "tail=true already"),
+    (["run.yaml", "checkpoint.keep=0"], "checkpoint.keep: Input should be greater than or equal to 1"),
+    (["run.yaml", "checkpoint.best=loss"], "checkpoint.best: Input should be 'accuracy', 'reverse_kl'"),
+    (["run.yaml", "checkpoint.best=accuracy"], "set evaluation.data and evaluation.every"),
+    (["run.yaml", "evaluation.data=x.jsonl"], "evaluation.data: expected a section of settings, found 'x.jsonl'"),
+    (["run.yaml", "data.source=absent.csv"], "cannot read '.csv' files. Convert it to .jsonl or .parquet"),
+    (["run.yaml", "data.source={models}/malformed.jsonl"], "malformed.jsonl:2: malformed JSON"),
+    (["run.yaml", "data.source={models}/latin.jsonl"], "latin.jsonl:1: not UTF-8 (byte 14 of the line)"),
+    (["run.yaml", "data.source={models}/twice.jsonl"], "Ids must be unique"),
+    (["run.yaml", "data.source={models}/fake.parquet"], "fake.parquet: not a readable Parquet file"),
+    (["run.yaml", "data.source={models}/no_answers.jsonl", "data.problem=question"], "Set data.problem=COLUMN"),
+    (["run.yaml", "data.split=nosplit"], "data.split is 'nosplit'; expected train or test"),
+    (["run.yaml", "data.template='{{question}}'"], "the text does not hold {problem}"),
+    (["run.yaml", "dtype=float16"], "dtype: Input should be 'float32' or 'bfloat16' (found 'float16')"),
+    (["run.yaml", "pack=1"], "pack: Input should be a valid boolean (found 1)"),
+    (["run.yaml", "alarm=on"], "alarm: Input should be 'off', 'warn' or 'stop' (found 'on')"),
+    (["run.yaml", "profile=[2, 1]"], "expected [first, last] with first ≤ last ≤ steps = 2"),
+    (["run.yaml", "kind=sft", "data.response=response", "positions.skip=1"], "kind=sft takes no positions"),
+    (["run.yaml", "steps=[1"], "override 'steps=[1' (quote text that starts with a bracket"),
+    (["run.yaml", "data.source.x=3"], "'source' is a value, not a section"),
     (["run.yaml", "--resume"], "run: no run to resume"),
     (["run.yaml", "run_dir={models}"], "the run directory is not empty"),
     (["run.yaml", "run_dir={models}/file/run"], "cannot use this run directory"),

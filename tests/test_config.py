@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from opd_jax.config import Config, Strict, dump_config, load_config, parse_data
+from opd_jax.config import Config, Data, Strict, dump_config, load_config, parse_data
 from opd_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,8 @@ def test_wrong_leaf_is_named(file: Path, override: str, named: str) -> None:
         (["rollout.prompts=3", "rollout.samples=1", "micro_batch=2"], "micro_batch=2 does not divide"),
         (["objective.name=topk", "objective.tail=true", "objective.normalise=false"], "tail=true"),
         (["objective.name=sampled", "objective.divergence=jsd"], "reverse-KL gradient"),
+        (["rollout.length={start: 9, end: 7169, steps: 3}"], "rollout.length.end=7169 is beyond rollout.max_response"),
+        (["positions.skip=5", "positions.horizon={start: 9, end: 5, steps: 3}"], "of the first 5 tokens"),
     ],
 )
 def test_contradictions(file: Path, overrides: list[str], said: str) -> None:
@@ -207,6 +210,13 @@ def test_frozen(file: Path) -> None:
         config.optimizer.lr = 1.0
 
 
+def test_off_is_a_text(file: Path) -> None:
+    """YAML 1.1 reads on, off, yes and no as booleans."""
+    assert load_config(file, ["alarm=off"]).alarm == "off"
+    assert load_config(file, ["data.chat=false"]).data.chat is False
+    assert "data.chat: Input should be a valid boolean (found 'no')" in refused(file, "data.chat=no")
+
+
 def test_parse_data() -> None:
     assert parse_data("a.jsonl", ["split=test"]).split == "test"
     with pytest.raises(InputError, match="did you mean 'template'"):
@@ -263,3 +273,49 @@ def test_any_tree_loads_or_is_refused(
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(MINIMAL) | tree))
     loads_or_refuses(path, [f"{key}={value}" for key, value in overrides])
+
+
+SHIPPED = [load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+def nodes(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all sections and leaves."""
+    children = tree.items() if isinstance(tree, dict) else ()
+    return [path for key, child in children for path in [(*at, key), *nodes(child, (*at, key))]]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    """A shipped configuration in which sections or leaves are replaced, renamed, removed or joined by others."""
+    tree = yaml.safe_load(dump_config(draw(st.sampled_from(SHIPPED))))
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, leaf = draw(st.sampled_from(nodes(tree) or [("steps",)]))
+        section = functools.reduce(lambda node, key: node[key], parents, tree)
+        what = draw(st.sampled_from(["value", "name", "nothing", "more"]))
+        old = None if what == "more" else section.pop(leaf, None)
+        if what != "nothing":
+            section[leaf if what == "value" else draw(KEYS)] = old if what == "name" else draw(TREES)
+    return tree
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(tree=mutated())
+def test_any_change_of_a_configuration_loads_or_is_refused(
+    tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(yaml.safe_dump(tree).encode("utf-8", "surrogatepass"))
+    loads_or_refuses(path, [])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    source=st.text(max_size=8),
+    values=st.dictionaries(st.sampled_from(list(Data.model_fields)) | st.text(max_size=4), TREES, max_size=3),
+)
+def test_any_data_section_is_read_or_refused(source: str, values: dict[str, Any]) -> None:
+    overrides = [f"data.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
+    try:
+        parse_data(source, overrides)
+    except InputError:
+        return

@@ -20,6 +20,7 @@ import yaml
 from etils import epath
 
 from opd_jax.errors import InputError
+from opd_jax.stores import store_path
 
 Row = dict[str, Any]
 
@@ -98,9 +99,9 @@ def open_run(path: epath.PathLike, config_yaml: str, resume: bool) -> RunDir:
 
     Raises:
         InputError: a run is already there (fresh), none is there or its configuration differs (resume), or the
-            directory cannot be written.
+            directory cannot be written or is in an unknown kind of store.
     """
-    run = RunDir(epath.Path(path))
+    run = RunDir(store_path(path))
     if jax.process_index() != 0:
         return run
     try:
