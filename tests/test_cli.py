@@ -27,7 +27,7 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.run_dir import read_rows
 
 OPD = str(Path(sys.executable).with_name("opd"))
-COMMANDS = ("demo", "train", "eval", "generate", "import", "export", "plan", "report")
+COMMANDS = ("demo", "train", "eval", "compare-results", "generate", "import", "export", "plan", "report")
 
 
 def tiny_model(path: Path, task: str = "products-5x2", **changes: Any) -> Path:
@@ -218,7 +218,7 @@ EVAL = [
     (["{models}/truncated", "task:products-5x2", "chat=false"], "not a whole safetensors file"),
     (["{models}/foreign", "task:products-5x2", "chat=false"], "mamba"),
     (["{models}/narrow", "task:products-5x2", "chat=false"], "19 output ids"),
-    (["{models}/good", "{models}/no_answers.jsonl", "chat=false"], "has no answer"),
+    (["{models}/good", "{models}/no_answers.jsonl", "chat=false"], "no answer"),
     (["{models}/good", "absent.jsonl"], "absent.jsonl: no such file"),
     (["{models}/good", "task:products-5x2", "data.templat=boxed"], "templat: unknown key; did you mean 'template'"),
     (["{models}/good", "task:products-5x2", "data.template=bxed", "chat=false"], "no such template"),
@@ -226,10 +226,21 @@ EVAL = [
     (["{models}/good", "task:products-5x2", "--max-response", "0"], "--max-response"),
     (["{models}/good", "task:products-5x2", "-k", "0"], "-k"),
     (["{models}/good", "task:products-5x2", "-k", "many"], "-k"),
-    (["{models}/good", "task:products-5x2", "--batch", "0"], "--batch"),
+    (["{models}/good", "task:products-5x2", "--slots", "0"], "--slots"),
     (["{models}/good", "task:products-5x2", "--temperature", "-1"], "--temperature"),
     (["{models}/good", "task:products-5x2", "--json", "absent/x.json"], "--json absent/x.json: cannot be written"),
-    (["{models}/good", "task:products-5x2", "--responses", "{models}"], "--responses"),
+    (["{models}/good", "task:products-5x2", "--out", "{models}/file"], "/file: is a file. Give a directory"),
+    (["{models}/good", "task:products-5x2", "--out", "absent/out"], "--out absent/out: cannot be written"),
+    (["{models}/good", "task:products-5x2", "--resume"], "--resume: give the directory"),
+    (["{models}/good", "task:products-5x2", "--out", "out", "--resume"], "out/responses.jsonl: nothing to resume"),
+    (["{models}/good", "aime-24"], "aime-24: no such benchmark; did you mean aime24?"),
+    (["{models}/good", "chat=false"], "no benchmark given"),
+    (["{models}/good", "aime24", "--data", "{models}"], "has none of aime24.jsonl"),
+]
+COMPARE = [
+    (["absent.json", "absent.json"], "absent.json: not a result.json"),
+    (["{models}/good", "--teacher", "{models}/good"], "result.json: not a result.json"),
+    ([], "Missing argument"),
 ]
 GENERATE = [
     (["absent", "task:products-5x2", "o.jsonl"], "absent: no such directory"),
@@ -300,6 +311,7 @@ DEMO = [
 CASES = {
     "train": TRAIN,
     "eval": EVAL,
+    "compare-results": COMPARE,
     "generate": GENERATE,
     "import": IMPORT,
     "export": EXPORT,
@@ -364,11 +376,15 @@ def test_train_export_eval_report(opd: Any, models: Path) -> None:
     assert opd("export", "run", "exported", "--dtype", "bfloat16")[0] == 0
     code, out, err = opd(
         "eval", "exported", "task:products-5x2", "data.chat=false", "split=test", "-k", 2, "--problems", 3,
-        "--max-response", 6, "--json", "eval.json", "--responses", "graded.jsonl",
+        "--max-response", 6, "--json", "eval.json", "--out", "graded",
     )  # fmt: skip
     assert code == 0, out + err
     assert "avg@2" in out
-    assert len(Path("graded.jsonl").read_text().splitlines()) == 6
+    assert len(Path("graded/responses.jsonl").read_text().splitlines()) == 6
+    assert Path("graded/result.json").read_text() == Path("eval.json").read_text()
+    code, out, err = opd("compare-results", "graded", "eval.json", "--out", "compared")
+    assert code == 0, out + err
+    assert {p.name for p in Path("compared").iterdir()} == {"comparison.json", "comparison.md", "comparison.png"}
     code, out, err = opd(
         "generate", "exported", "task:products-5x2", "made.jsonl", "chat=false", "limit=3", "--samples", 2,
         "--max-response", 6, "--json", "made.json",
@@ -377,7 +393,7 @@ def test_train_export_eval_report(opd: Any, models: Path) -> None:
     assert "slot occupancy" in out
     assert len(Path("made.jsonl").read_text().splitlines()) == 6
     assert json.loads(Path("made.json").read_text())["responses"] == 6
-    assert json.loads(Path("eval.json").read_text())["problems"] == 3
+    assert json.loads(Path("eval.json").read_text())["benchmarks"]["task:products-5x2"]["problems"] == 3
     assert opd("report", "run", "--out", "both.html")[0] == 0
     assert opd("import", "exported", "smaller", "--drop-layers", "1")[0] == 0
     assert json.loads(Path("smaller/config.json").read_text())["num_hidden_layers"] == 1

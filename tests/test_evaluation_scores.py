@@ -6,7 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from opd_jax.evaluation.scores import avg_at_k, gap_recovery, maj_at_k, pass_at_k, summarise
+from opd_jax.evaluation.scores import (
+    avg_at_k,
+    gap_recovery,
+    interval,
+    maj_at_k,
+    pass_at_k,
+    recovery_score,
+    resampled_means,
+    summarise,
+)
 
 
 def test_mean_and_standard_error_by_hand():
@@ -31,14 +40,26 @@ def test_interval_is_seeded_and_close_to_normal_theory():
     assert a.high == pytest.approx(a.mean + 1.96 * a.error, abs=0.2 * a.error)
 
 
-def test_interval_covers_the_truth():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("problems", "a", "b"), [(30, 0.7, 0.7), (40, 0.3, 0.7), (100, 0.2, 1.5)])
+def test_interval_covers_the_truth(problems, a, b):
+    """1,000 sets of problems, whose chances of success are Beta(a, b), of mean a/(a + b), each answered 16 times."""
     hits = 0
-    for seed in range(200):
-        p = rng.beta(0.7, 0.7, size=60)
-        score = avg_at_k(rng.random((60, 16)) < p[:, None], seed)
-        hits += score.low <= 0.5 <= score.high
-    assert 0.90 <= hits / 200 <= 0.99
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        right = rng.random((problems, 16)) < rng.beta(a, b, size=problems)[:, None]
+        score = avg_at_k(right)
+        hits += score.low <= a / (a + b) <= score.high
+    assert 930 <= hits <= 970
+
+
+def test_interval_of_few_problems_by_hand():
+    """Of two problems the means of resamples are 0, 1/2, 1 (1 : 2 : 1), and Student's t with 1 degree is 12.7."""
+    assert interval(np.repeat([0, 0.5, 1], [500, 1000, 500]), 2) == (0, 1)
+    # 30 problems: t = 2.045, times √(30/29) = 2.080: the 1.876th percentile
+    assert interval(np.linspace(0, 1, 100_001), 30) == (
+        pytest.approx(0.01876, abs=1e-4),
+        pytest.approx(0.98124, abs=1e-4),
+    )
 
 
 def test_pass_at_k_equals_enumeration():
@@ -88,3 +109,33 @@ def test_k_beyond_the_samples_is_refused():
 def test_gap_recovery():
     assert gap_recovery(0.2, 0.8, 0.95) == pytest.approx(0.8)
     assert math.isnan(gap_recovery(0.5, 0.6, 0.5))
+
+
+def test_resampled_means_are_of_the_same_problems():
+    values = np.random.default_rng(0).random((50, 1))
+    draws = resampled_means(np.concatenate([values, 1 - values], axis=1))
+    np.testing.assert_allclose(draws.sum(axis=1), 1)
+    assert draws[:, 0].std() == pytest.approx(values.std() / math.sqrt(50), rel=0.06)
+
+
+def test_gap_recovery_is_paired():
+    """Three models whose accuracies move together: the rate is known far better than each accuracy."""
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.1, 0.5, 200)
+    score = recovery_score(p, p + 0.3, p + 0.4)
+    assert (score.mean, score.problems) == (pytest.approx(0.75), 200)
+    assert (score.low, score.high) == (pytest.approx(0.75), pytest.approx(0.75))
+    after = p + rng.choice([0.0, 0.4], 200, p=[0.25, 0.75])
+    score = recovery_score(p, after, p + 0.4)
+    assert score.mean == pytest.approx(np.mean(after - p) / 0.4)
+    error = np.std(after - p, ddof=1) / math.sqrt(200) / 0.4
+    assert score.error == pytest.approx(error, rel=0.06)
+    assert score.high - score.low == pytest.approx(2 * 1.97 * error, rel=0.08)
+
+
+def test_gap_recovery_without_a_gap():
+    p = np.random.default_rng(0).random(30)
+    for teacher in (p, p - 0.1, p + np.random.default_rng(1).normal(0, 0.3, 30)):
+        score = recovery_score(p, p + 0.1, teacher)
+        assert math.isnan(score.low)
+        assert math.isnan(score.error)

@@ -123,7 +123,7 @@ def _named(item: str, directory: Path | None) -> tuple[str, Benchmark]:
     if not item.startswith("task:") and "/" not in item and "." not in item:
         near = difflib.get_close_matches(item, BENCHMARKS, n=1)
         raise InputError(
-            f"{item}: no such benchmark{f'; did you mean {near[0]}?' if near else ''}. Known: {', '.join(BENCHMARKS)}. "
+            f"{item}: no such benchmark{f'; did you mean {near[0]}?' if near else '.'} Known: {', '.join(BENCHMARKS)}. "
             "Else give a .jsonl or .parquet file, task:NAME, or a dataset id USER/NAME."
         )
     return item, Benchmark(item, "train", 0)
