@@ -246,6 +246,16 @@ class Checkpoint(Strict):
     keep: PositiveInt = 2  # the last ones
     # Keeps the best, too: every evaluated step is then saved. Least of the KLs, most of the others.
     best: Literal["accuracy", "reverse_kl", "forward_kl", "forward_kl_teacher_rollouts", "overlap_ratio"] | None = None
+    export_best: bool = False  # each new best also goes to run_dir/best, as a Hugging Face directory
+    push: str | None = None  # … and from there into this repository of the Hub, USER/NAME; a new one is private
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.export_best and self.best is None:
+            raise ValueError("export_best=true needs best, the metric by which a checkpoint is the best")
+        if self.push is not None and not self.export_best:
+            raise ValueError(f"push={self.push} uploads what export_best writes; set export_best=true and best")
+        return self
 
 
 class Config(Strict):

@@ -141,6 +141,19 @@ def test_card_tells_no_path_of_this_machine(tmp_path: Path) -> None:
     assert "secret" not in card.content
 
 
+def test_card_of_a_mixture_and_a_reward(tmp_path: Path) -> None:
+    mix = {"a": {"source": "some/problems"}, "b": {"source": str(tmp_path / "secret" / "b.jsonl"), "weight": 2.0}}
+    settings: dict[str, Any] = {"data": {"mix": mix}, "teacher": None, "reward": {"terms": {"answer": 1.0}}}
+    run, _ = make_run(tmp_path, kind="grpo", **settings)
+    export_run(run, tmp_path / "out")
+    card: Any = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["some/problems"]
+    assert "grpo" in card.data.tags
+    assert "(GRPO, opd-jax) on `some/problems` and `b.jsonl`, after 7 steps" in card.text
+    assert "| objective | policy gradient of the reward 1 × answer |" in card.text
+    assert "secret" not in card.content
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the Hub's HTTP interface that an upload of small files needs; keeps what it is sent."""
 

@@ -21,6 +21,7 @@ TAG = "opd-jax"
 RECORD = "opd_import.json"  # of ``opd import``
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+_TAGS = {"opd": ["distillation", "on-policy-distillation"], "sft": ["sft"], "grpo": ["grpo", "reinforcement-learning"]}
 _NOT_SCORES = {"step", "problems", "samples"}
 
 
@@ -57,24 +58,25 @@ def model_card(run: RunDir, config: Row, step: int) -> str:
     Local paths are named by their last part: a card is made to be published.
     """
     student, teacher = config["student"]["path"], (config["teacher"] or {}).get("path")
-    base, source = base_model(student), config["data"]["source"]
-    distilled = config["kind"] == "opd"
-    tags = [TAG, "jax", *(["distillation", "on-policy-distillation"] if distilled else ["sft"])]
+    base, sources = base_model(student), _sources(config["data"])
+    tags = [TAG, "jax", *_TAGS[config["kind"]]]
     front: Row = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if base:
         front |= {"base_model": base, "base_model_relation": "finetune"}
-    if _is_hub_id(source):
-        front["datasets"] = [source]
+    if published := [source for source in sources if _is_hub_id(source)]:
+        front["datasets"] = published
     name = run.root.name or "student"
-    how = (
-        f"`{base or _shown(student)}` distilled from `{base_model(teacher) or _shown(teacher)}` on its own samples"
-        if distilled
-        else f"`{base or _shown(student)}` fine-tuned on `{_shown(source)}`"
-    )
+    of_teacher = f"`{base_model(teacher) or _shown(teacher)}`"
+    of_data = " and ".join(f"`{_shown(source)}`" for source in sources)
+    how = {
+        "opd": f"distilled from {of_teacher} on its own samples (on-policy distillation, opd-jax)",
+        "sft": f"fine-tuned on {of_data} (SFT, opd-jax)",
+        "grpo": f"trained by rewards of its own samples (GRPO, opd-jax) on {of_data}",
+    }[config["kind"]]
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
         f"# {name}",
-        f"{how} ({'on-policy distillation' if distilled else 'SFT'}, opd-jax), after {step:,} steps.",
+        f"`{base or _shown(student)}` {how}, after {step:,} steps.",
         _scores(run, step, config),
         "## Training\n\n" + _table(["", ""], _settings(run, config, step)),
         "## Use\n\n" + _USE,
@@ -134,7 +136,8 @@ def _scores(run: RunDir, step: int, config: Row) -> str:
     data, settings = config["evaluation"]["data"] or {}, config["evaluation"]
     each = f", {last['samples']} samples each" if last.get("samples", 1) > 1 else ""
     note = (
-        f"{last.get('problems')} problems of `{_shown(data.get('source', ''))}` ({data.get('split')}){each}, "
+        f"{last.get('problems')} problems of {', '.join(f'`{_shown(x)}`' for x in _sources(data))} "
+        f"({data.get('split')}){each}, "
         f"temperature {settings['temperature']}, top-p {settings['top_p']}. "
         "± is one standard error."
     )
@@ -164,8 +167,9 @@ def _settings(run: RunDir, config: Row, step: int) -> list[list[str]]:
     facts = {
         "student": base_model(config["student"]["path"]) or _shown(config["student"]["path"]),
         "teacher": teacher and (base_model(teacher) or _shown(teacher)),
-        "objective": _objective(config["objective"]) if config["kind"] == "opd" else "cross-entropy (SFT)",
-        "data": f"{_shown(data['source'])} ({data['split']}{limit}), template {json.dumps(data['template'])}",
+        "objective": "cross-entropy (SFT)" if config["kind"] == "sft" else _objective(config),
+        "data": f"{' + '.join(map(_shown, _sources(data)))} ({data['split']}{limit}), "
+        f"template {json.dumps(data['template'])}",
         "steps": f"{step:,} of {config['steps']:,}",
         "batch": f"{rollout['prompts']} prompts × {rollout['samples']}, at most {rollout['max_response']:,} new tokens",
         "optimizer": f"AdamW, rate {optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup']} steps warm-up)",
@@ -178,15 +182,23 @@ def _settings(run: RunDir, config: Row, step: int) -> list[list[str]]:
     return [[name, str(value)] for name, value in facts.items() if value not in (None, "")]
 
 
-def _objective(objective: Row) -> str:
+def _objective(config: Row) -> str:
+    objective = config["objective"]
     name, k = objective["name"], objective["k"]
+    reward = ", ".join(f"{weight:g} × {term}" for term, weight in (config.get("reward") or {}).get("terms", {}).items())
+    if not config["teacher"]:
+        return f"policy gradient of the reward {reward}"
     detail = {
         "sampled": "reverse KL, policy gradient on sampled tokens",
         "full": f"{objective['divergence']} KL over the whole vocabulary",
         "topk": f"{objective['divergence']} KL over the {objective['support']}'s top {k}",
         "topk_reference": f"published top-{k} objective",
     }[name].replace("jsd KL", "JSD")
-    return f"{name}: {detail}"
+    return f"{name}: {detail}" + (f", and the reward {reward}" if reward else "")
+
+
+def _sources(data: Row) -> list[str]:
+    return [part["source"] for part in (data.get("mix") or {}).values()] or ([data["source"]] if data else [])
 
 
 def _is_hub_id(source: str) -> bool:

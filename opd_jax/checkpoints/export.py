@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,10 +15,11 @@ from opd_jax.checkpoints.card import export_files
 from opd_jax.checkpoints.state import best_of
 from opd_jax.data.tokenizers import load_tokenizer, stop_ids
 from opd_jax.errors import InputError
-from opd_jax.models.decoder import abstract_params
+from opd_jax.models.decoder import DecoderConfig, abstract_params
 from opd_jax.models.hf import check_target, load_config, save_model
-from opd_jax.stores import absolute, store_path
+from opd_jax.stores import absolute, is_remote, store_path
 from opd_jax.tracking.run_dir import RunDir, existing_run, read_rows
+from opd_jax.types import Params
 
 
 def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float32", best: bool = False) -> int:
@@ -60,6 +63,23 @@ def export_run(run_dir: epath.PathLike, out: epath.PathLike, dtype: str = "float
     extra = export_files(run, step, stop_ids(student, load_tokenizer(student)))
     save_model(out, restored.state["params"], config, tokenizer_from=student, dtype=dtype, extra=extra)
     return step
+
+
+def export_best(run: RunDir, params: Params, network: DecoderConfig, student: str, step: int) -> None:
+    """Puts the student into ``run.best``, in place of the one before, as ``export_run`` would from its checkpoint.
+
+    ``student``: directory with its tokenizer. All processes must call it; process 0 writes.
+
+    Raises:
+        InputError: a store refuses.
+    """
+    extra = {}
+    if jax.process_index() == 0:
+        if not is_remote(run.root):
+            for half_written in Path(run.root).glob(f".{run.best.name}-*"):  # by one that was killed
+                shutil.rmtree(half_written, ignore_errors=True)
+        extra = export_files(run, step, stop_ids(student, load_tokenizer(student)))
+    save_model(run.best, params, network, tokenizer_from=student, extra=extra, replace=True)
 
 
 def _best(run: RunDir, metric: str | None, steps: Sequence[int]) -> int:

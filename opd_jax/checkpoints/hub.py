@@ -10,8 +10,10 @@ from opd_jax.errors import InputError
 from opd_jax.stores import is_remote
 
 
-def check_push(repository: str | None, private: bool, out: epath.PathLike) -> None:
+def check_push(repository: str | None, private: bool, out: epath.PathLike, name: str = "--push") -> None:
     """Refuses, before anything is written, what could not be pushed; ``repository`` None: nothing is to be.
+
+    ``name``: of the option or setting, for messages.
 
     Raises:
         InputError: not a repository's name, ``private`` without one, or ``out`` in an object store.
@@ -26,9 +28,9 @@ def check_push(repository: str | None, private: bool, out: epath.PathLike) -> No
     try:
         validate_repo_id(repository)
     except HFValidationError as e:
-        raise InputError(f"--push {repository}: not a repository's name ({e}). Expected USER/NAME.") from e
+        raise InputError(f"{name} {repository}: not a repository's name ({e}). Expected USER/NAME.") from e
     if is_remote(out):
-        raise InputError(f"--push {repository}: uploads a local directory; give one in place of {out}")
+        raise InputError(f"{name} {repository}: uploads a local directory; give one in place of {out}")
 
 
 def push_model(directory: Path, repository: str, *, private: bool = False) -> str:
@@ -48,6 +50,6 @@ def push_model(directory: Path, repository: str, *, private: bool = False) -> st
     except Exception as e:  # of its own, OSError, ValueError, and those of whichever HTTP library it is built on
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
-            f"--push {repository}: the Hugging Face Hub did not take it ({reason}). The model is whole in {directory}. "
+            f"{repository}: the Hugging Face Hub did not take it ({reason}). The model is whole in {directory}. "
             f"Check the network, log in with `hf auth login`, then: hf upload {repository} {directory}"
         ) from e

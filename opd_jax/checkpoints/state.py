@@ -94,6 +94,11 @@ class Checkpoints:
             if len(_managers) > 1:
                 self._manager.wait_until_finished()
 
+    def best_is(self, step: int) -> bool:
+        """Whether the evaluation of this step is the best so far; all processes must ask."""
+        steps = {row["step"] for row in self._evaluations if 0 < row["step"] <= step}
+        return hosts.agree(self._best is not None and best_of(self._evaluations, self._best, steps) == step)
+
     def check(self) -> None:
         """Raises what ``save`` raises as soon as it is known, so that no step is computed in vain."""
         if self._pending is not None and not self._manager.is_saving_in_progress():

@@ -269,6 +269,7 @@ def save_model(
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
     extra: Mapping[str, str] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a Hugging Face directory: config.json, safetensors, and the tokenizer files of ``tokenizer_from``.
 
@@ -276,12 +277,14 @@ def save_model(
         dtype: ``float32`` or ``bfloat16``, as stored.
         max_shard_bytes: weights beyond this size go to several files with an index.
         extra: further text files, name → content.
+        replace: what stands at ``path`` makes way once the new directory is whole (in a store, as the upload begins).
 
     Raises:
-        InputError: ``path`` exists and is not an empty directory, ``tokenizer_from`` is not a directory, or a store
-            refuses.
+        InputError: without ``replace``, ``path`` exists and is not an empty directory; ``tokenizer_from`` is not a
+            directory; or a store refuses.
     """
-    check_target(path)
+    if not replace:
+        check_target(path)
     tokenizer = None if tokenizer_from is None else local_directory(tokenizer_from)
     if tokenizer is not None and not tokenizer.is_dir():
         raise InputError(f"{tokenizer_from}: not a directory; expected one with tokenizer files")
@@ -303,16 +306,18 @@ def check_target(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def _new_directory(path: epath.PathLike) -> Iterator[Path]:
-    """A temporary directory that becomes ``path`` on success and is removed on failure."""
+    """A temporary directory that takes the place of ``path`` on success and is removed on failure."""
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="opd-jax-") as scratch:
             yield Path(scratch)
             if jax.process_index() == 0:
+                if store_path(path).exists():
+                    store_path(path).rmtree()
                 # what names the weights comes last: before that a reader finds no model
                 for file in sorted(Path(scratch).iterdir(), key=lambda f: (f.name in (INDEX, "config.json"), f.name)):
                     upload(file, store_path(path) / file.name)
         return
-    target = Path(path)
+    target, replaced = Path(path), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -322,9 +327,13 @@ def _new_directory(path: epath.PathLike) -> Iterator[Path]:
         yield partial
         if jax.process_index() == 0:
             partial.chmod(0o755)  # mkdtemp makes it private
+            if target.exists():
+                os.rename(target, replaced := partial.with_name(partial.name + ".old"))
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced:
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_weights(path: Path, params: Params, c: DecoderConfig, dtype: np.dtype, max_bytes: float) -> None:

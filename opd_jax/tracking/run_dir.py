@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 _PACKAGES = ("opd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 # More steps continue a run; the others do not change what it computes.
-_MAY_CHANGE = {"steps", "run_dir", "profile", "wandb"}
+_MAY_CHANGE = {"steps", "run_dir", "profile", "wandb", "checkpoint.export_best", "checkpoint.push"}
 _NAMED_AT_MOST = 5
 
 
@@ -64,6 +64,16 @@ class RunDir:
     @property
     def checkpoints(self) -> epath.Path:
         return self.root / "checkpoints"
+
+    @property
+    def best(self) -> epath.Path:
+        """The student of the best checkpoint as a Hugging Face directory (``checkpoint.export_best``)."""
+        return self.root / "best"
+
+    @property
+    def summary(self) -> epath.Path:
+        """Of a run that has ended: its steps, and seconds by stage, those after its last step included."""
+        return self.root / "summary.json"
 
     @property
     def skipped(self) -> epath.Path:
@@ -135,6 +145,15 @@ def keep_rows(directory: epath.Path, name: str, rows: Any) -> None:
     arrays = {field: np.asarray(x) for field, x in vars(rows).items() if hasattr(x, "shape")}
     with (directory / f"{name}.npz").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def write_summary(run: RunDir, steps: int, after_last: Row) -> None:
+    """summary.json; ``after_last``: the times that came after the row of the last step."""
+    seconds: Counter[str] = Counter()
+    for row in [*read_rows(run.metrics), after_last]:
+        seconds.update({k.removeprefix("time/"): v for k, v in row.items() if k.startswith("time/") and v})
+    rounded = {stage: round(total, 3) for stage, total in seconds.items()}
+    write_atomically(run.summary, json.dumps({"steps": steps, "seconds": rounded}, indent=2) + "\n")
 
 
 def read_rows(path: epath.Path) -> list[Row]:

@@ -32,7 +32,7 @@ _STORE_INTERVAL = 30.0  # seconds between rewrites of one object
 class MetricWriter:
     """Appends rows to metrics.jsonl, samples.jsonl and evaluations.jsonl, and scalars to TensorBoard events.
 
-    Every row is on disk when the call returns (in an object store: within 30 s, and at ``close``). A value that is not
+    Every row is on disk when the call returns (in an object store: within 30 s, and at ``flush``). A value that is not
     finite becomes ``null``. Only process 0 writes; elsewhere every method does nothing.
 
     Args:
@@ -52,6 +52,7 @@ class MetricWriter:
         run.events.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
         self._events = _AppendFile(run.events / name)
+        self._files = (self._metrics, self._samples, self._evaluations, self._events)
         self._write_event(Event(file_version="brain.Event:2"))
         if restored_step is not None:
             self._write_event(Event(step=restored_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -76,11 +77,17 @@ class MetricWriter:
             self._evaluations.write_line({"step": int(step), **row})
             self._write_scalars(step, f"evaluation/{row.get('who', 'student')}/", row)
 
+    def flush(self) -> None:
+        """Brings an object store up to date; on a disk all is written already."""
+        if self._active:
+            for file in self._files:
+                file.flush()
+
     def close(self) -> None:
         if self._active:
             if self._wandb:
                 self._wandb.finish()
-            for file in (self._metrics, self._samples, self._evaluations, self._events):
+            for file in self._files:
                 file.close()
 
     def __enter__(self) -> Self:
@@ -164,9 +171,12 @@ class _AppendFile:
         # A lone surrogate in a model's text becomes \udXXX, which is its JSON escape.
         self.write(text.encode("utf-8", "backslashreplace"))
 
-    def close(self) -> None:
+    def flush(self) -> None:
         if not self._local:
             self._store()
+
+    def close(self) -> None:
+        self.flush()
         self._file.close()
 
     def _store(self) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from opd_jax import hosts
+from opd_jax.checkpoints.export import export_best
+from opd_jax.checkpoints.hub import check_push, push_model
 from opd_jax.checkpoints.state import Checkpoints, abstract, refused_writes
 from opd_jax.config import Config, dump_config
-from opd_jax.errors import Failed, Interrupted
+from opd_jax.errors import Failed, InputError, Interrupted
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report
-from opd_jax.tracking.run_dir import RunDir, keep_rows, open_run, read_rows
+from opd_jax.tracking.run_dir import RunDir, keep_rows, open_run, read_rows, write_summary
 from opd_jax.tracking.trace import StepTrace
 from opd_jax.tracking.writers import MetricWriter, check_wandb
 from opd_jax.training.alarm import LEVEL, RECENT, collapse
@@ -44,6 +47,7 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
     console.terminal.quiet |= jax.process_index() > 0
     with hosts.refused_together():
         check_wandb(config.wandb)
+        check_push(config.checkpoint.push, False, config.run_dir, "checkpoint.push")
         setup = prepare(config)
         evaluator = Evaluator(setup) if config.evaluation.data else None
     hosts.check_same("configuration", dump_config(config))
@@ -73,6 +77,8 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
         StepTrace(run.profile, config.profile) as trace,
     ):
         _evaluate_start(setup, evaluator, writer, state, fresh=not restored)
+        if restored:  # a kill may have come between this checkpoint and its export
+            _export(setup, run, checkpoints, state, done)
         watch = _Watch(config, run, position.get("skipped_in_a_row", 0))
         between = Clock()  # evaluation and checkpoint, told in the row of the next step
         with console.progress(config.steps, title or config.kind, start=done) as bar:
@@ -99,17 +105,22 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                 # last of all: what was logged up to here belongs to this checkpoint
                 due = step % config.checkpoint.every == 0 or (config.checkpoint.best and scores is not None)
                 if last or stopping or due:
+                    writer.flush()
                     position = {"data": setup.batches.get_state(), "skipped_in_a_row": watch.skipped_in_a_row}
                     checkpoints.save(step, state, position, scores)
                     between("checkpoint", None)
+                    if scores is not None and _export(setup, run, checkpoints, state, step):
+                        between("export", None)
                 if stopping and not last:
                     checkpoints.close()
                     raise Interrupted(f"stopped after step {step} of {config.steps}; continue with --resume")
     checkpoints.close()
+    between("checkpoint", None)
     if evaluator:
         evaluator.close()
     if jax.process_index() == 0:
         with refused_writes(run.root):
+            write_summary(run, config.steps, between.row())
             write_report(run, run.report)
     return read_rows(run.evaluations)
 
@@ -177,6 +188,20 @@ def _evaluate(evaluator: Evaluator, writer: MetricWriter, state: TrainState, ste
     if shown:
         console.table(f"held-out, step {step}", list(shown), [list(shown.values())])
     return row
+
+
+def _export(setup: Setup, run: RunDir, checkpoints: Checkpoints, state: TrainState, step: int) -> bool:
+    """Exports the student if this step is the best so far, and uploads it; an upload that fails ends no run."""
+    settings = setup.config.checkpoint
+    if not (settings.export_best and checkpoints.best_is(step)):
+        return False
+    export_best(run, state.params, setup.student, setup.config.student.path, step)
+    if settings.push is not None and jax.process_index() == 0:
+        try:
+            console.print(push_model(Path(run.best), settings.push, private=True))
+        except InputError as e:
+            console.warn(f"step {step}: checkpoint.push: {e}")
+    return True
 
 
 def _announce(setup: Setup, done: int) -> None:
