@@ -90,7 +90,8 @@ class Reward(Strict):
     """A reward of whole responses: Σ weight · term, compared within the samples of a prompt (GRPO, paper A.1).
 
     Terms: ``answer`` 1 if right; ``format`` 1 if an answer stands in a box or behind "Answer:"; ``length`` from 0 to −1
-    over the last ``buffer`` tokens before the limit; ``module:function`` a Python function of one's own, called as f(problem=, answer=, response=, tokens=, stopped=) in a process of its own.
+    over the last ``buffer`` tokens before the limit; ``module:function`` a Python function of one's own, called as
+    f(problem=, answer=, response=, tokens=, stopped=) in a process of its own.
     """
 
     terms: dict[str, float] = {"answer": 1.0}
@@ -312,6 +313,7 @@ class Config(Strict):
                 f"reward with rollout.samples={self.rollout.samples}: a response is compared with the others of its "
                 "prompt; set rollout.samples to 2 or more"
             )
+        self._check_teachers()
         policy_gradient = self.objective.name == "sampled" or self.reward
         if self.kind != "sft" and self.objective.correction != "none" and not policy_gradient:
             raise ValueError(
@@ -364,9 +366,68 @@ class Config(Strict):
             )
         return self
 
+    def _check_teachers(self) -> None:
+        if self.teacher is None:
+            for name, there in {
+                "more_teachers": self.more_teachers,
+                "off_policy": self.off_policy and self.kind != "sft",
+                "objective.scale": self.objective.scale != 1,
+            }.items():
+                if there:
+                    raise ValueError(f"{name} needs a teacher; set teacher.path, or remove it")
+            return
+        named = [source for t in (self.teacher, *self.more_teachers) for source in t.sources]
+        for source in named:
+            if source not in (self.data.mix or {}):
+                known = ", ".join(self.data.mix or ()) or "none: data has no mix"
+                raise ValueError(f"teacher.sources: '{source}' is no name of data.mix ({known})")
+            if named.count(source) > 1:
+                raise ValueError(f"teacher.sources: '{source}' has two teachers; leave it to one")
+        for t in self.more_teachers:
+            if not t.sources:
+                raise ValueError(f"more_teachers: {t.path} needs sources, the names of data.mix that it teaches")
+            if t.decay is not None or t.cache is not None:
+                raise ValueError("more_teachers: decay and cache are for teacher alone; remove them there")
+        if self.teacher.sources and not (set(self.data.mix or ()) <= set(named)):
+            raise ValueError(
+                f"teacher.sources: nobody teaches {', '.join(sorted(set(self.data.mix or ()) - set(named)))}; leave "
+                "teacher.sources empty to have it teach what no other teacher names"
+            )
+        alone = not (self.more_teachers or self.objective.scale != 1 or self.teacher.context)
+        if self.teacher.cache and (self.teacher.decay is not None or not self.off_policy or not alone):
+            raise ValueError(
+                "teacher.cache keeps a fixed teacher's scores of off_policy responses; it takes neither decay, "
+                "more_teachers, context nor objective.scale, and needs off_policy"
+            )
+        if self.off_policy is None:
+            return
+        if self.kind != "opd" or self.reward or self.objective.name not in ("full", "topk"):
+            raise ValueError(
+                f"off_policy with kind={self.kind}, objective.name={self.objective.name}"
+                f"{' and a reward' if self.reward else ''}: responses of a corpus have no sampling policy; set "
+                "kind=opd, objective.name=full or topk, and no reward"
+            )
+        if self.more_teachers or self.teacher.context:
+            raise ValueError("off_policy: takes one teacher without context; remove more_teachers and teacher.context")
+        exact = self.rollout.prompts * (1 - self.off_policy.fraction)
+        if abs(exact - round(exact)) > 1e-6:
+            raise ValueError(
+                f"off_policy.fraction={self.off_policy.fraction} of rollout.prompts={self.rollout.prompts} is no whole "
+                "number of prompts; change one of them"
+            )
+        if (self.off_policy.data or self.data).response is None:
+            raise ValueError(
+                "off_policy needs a column with responses; set off_policy.data.response (or data.response)"
+            )
+
     def _uncorrected(self) -> bool:
         policy_gradient = self.objective.name == "sampled" or self.reward is not None
         return policy_gradient and self.objective.correction == "none"
+
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a batch that are sampled from; the responses of the others are a corpus's (``off_policy``)."""
+        return round(self.rollout.prompts * (1 - (self.off_policy.fraction if self.off_policy else 0)))
 
     @property
     def rows(self) -> int:

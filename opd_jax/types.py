@@ -48,6 +48,7 @@ class Rollouts:
     topk_ids: Array  # [B, R, k] int32, the k most probable ids at each sampled state, most probable first
     topk_logp: Array  # [B, R, k] float32, their log-probabilities at temperature 1, untruncated
     advantage: Array | None = None  # [B] float32, of a task reward
+    fixed: Array | None = None  # [B] bool: a text of a corpus, not sampled; None: all are sampled
 
 
 @flax.struct.dataclass

@@ -85,7 +85,7 @@ class Checkpoints:
         self._wait()
         if evaluation is not None:
             self._evaluations.append(evaluation | {"step": step})
-        saved: Row = {"position": position, "arrays": _describe(state)}
+        saved: Row = {"position": position, "arrays": describe(state)}
         saved["crc"] = _crc(saved)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved))
         self._pending = step
@@ -122,7 +122,7 @@ class Checkpoints:
             broken = found if isinstance(found, str) else None
             if not hosts.agree(broken is not None):
                 state, saved = cast(tuple[Any, Row], found)
-                if _describe(state) == saved["arrays"]:
+                if describe(state) == saved["arrays"]:
                     self._set_aside(damaged)
                     return state, saved["position"]
                 broken = "its arrays are not those that were saved"
@@ -234,7 +234,7 @@ def refused_writes(where: epath.PathLike) -> Iterator[None]:
         raise
 
 
-def _describe(state: Any) -> Row:
+def describe(state: Any) -> Row:
     """{name of an array: [dtype, shape, sum of its bits]}."""
     named = _named(state)
     sums = hosts.fetch(_bit_sums([x for _, x in named])).tolist()

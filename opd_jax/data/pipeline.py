@@ -235,6 +235,29 @@ def sft_batches(
     return Batches(parts, batch, seed, lambda ids: [examples[i] for i in ids])
 
 
+class Mixed:
+    """Batches of prompts to sample from (None where nothing is) and of texts that are not sampled."""
+
+    def __init__(self, prompts: Batches[Prompts] | None, texts: Batches[list[Example]]):
+        self._both = {"prompts": prompts, "texts": texts}
+
+    def __next__(self) -> tuple[Prompts | None, list[Example]]:
+        prompts, texts = (part and next(part) for part in self._both.values())
+        return prompts, texts  # pyright: ignore[reportReturnType]
+
+    def epochs(self) -> dict[str, float]:
+        found = {name: part.epochs() for name, part in self._both.items() if part}
+        return {f"{name}/{part}".rstrip("/"): n for name, epochs in found.items() for part, n in epochs.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: part.get_state() for name, part in self._both.items() if part}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, part in self._both.items():
+            if part:
+                part.set_state(state[name])
+
+
 def _encoder(tokenizer: Any, data: config.Data) -> Callable[[Record], Tokens]:
     parts = data.parts
     return lambda record: encode_prompt(

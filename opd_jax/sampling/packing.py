@@ -6,6 +6,7 @@ and a pass over rows that hold nothing does not run.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax import Array, lax
 
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout, batch_shards, own_rows, shard_holders
-from opd_jax.types import Metrics, Rollouts, Sequences
+from opd_jax.types import Metrics, Prompts, Rollouts, Sequences
 
 
 def sequence_shapes(rows: int, max_prompt: int, max_response: int, k: int | None, rewarded: bool = False) -> Sequences:
@@ -39,19 +40,102 @@ def pack(rollouts: Rollouts, *, separate: bool = False, multiple: int = 1, layou
         separate: one sequence a row instead of as many as fit; without layout in order.
         multiple: the number of rows is rounded up to a multiple of this (rows of a pass).
     """
-    prompts, P = rollouts.prompts, rollouts.prompts.tokens.shape[1]
-    prompt_lengths, lengths = np.asarray(prompts.lengths), np.asarray(rollouts.lengths)
-    rewarded = rollouts.advantage is not None
-    shapes = sequence_shapes(0, P, rollouts.tokens.shape[1], rollouts.topk_ids.shape[2], rewarded)
-    behaviour = {"logp": np.asarray(rollouts.logp), "topk_ids": np.asarray(rollouts.topk_ids)}
-    if rewarded:
-        behaviour["advantage"] = np.broadcast_to(np.asarray(rollouts.advantage)[:, None], rollouts.tokens.shape)
-    prompt_tokens, tokens = np.asarray(prompts.tokens), np.asarray(rollouts.tokens)
+    P = rollouts.prompts.tokens.shape[1]
+    prompt_lengths, lengths = np.asarray(rollouts.prompts.lengths), np.asarray(rollouts.lengths)
+    prompt_tokens, tokens = np.asarray(rollouts.prompts.tokens), np.asarray(rollouts.tokens)
 
     def text(i: int) -> tuple[np.ndarray, np.ndarray]:
         return prompt_tokens[i, P - prompt_lengths[i] :], tokens[i, : lengths[i]]
 
-    return _fill(shapes, prompt_lengths, lengths, text, behaviour, separate, multiple, layout)
+    shapes = _shapes(rollouts, P)
+    return _fill(shapes, prompt_lengths, lengths, text, _behaviour(rollouts), separate, multiple, layout)
+
+
+def pack_beside(
+    rollouts: Rollouts,
+    contexts: Sequence[Sequence[int]],
+    longest: int,
+    *,
+    separate: bool = False,
+    multiple: int = 1,
+    layout: Layout | None = None,
+) -> tuple[Sequences, Sequences, np.ndarray]:
+    """Rollouts as in ``pack``, the same responses behind other prompts, and of each response token's column in the
+    former rows its column in the latter, [M, T]; a sequence stands in the same row of both.
+
+    Args:
+        contexts: of each sequence its other prompt, of at most ``longest`` tokens.
+
+    Raises:
+        InputError: a context that is empty or too long.
+    """
+    P = rollouts.prompts.tokens.shape[1]
+    prompt_lengths, lengths = np.asarray(rollouts.prompts.lengths), np.asarray(rollouts.lengths)
+    context_lengths = np.array([len(c) for c in contexts])
+    room = np.maximum(prompt_lengths, context_lengths) + lengths - 1
+    prompt_tokens, tokens = np.asarray(rollouts.prompts.tokens), np.asarray(rollouts.tokens)
+
+    def own(i: int) -> tuple[np.ndarray, np.ndarray]:
+        return prompt_tokens[i, P - prompt_lengths[i] :], tokens[i, : lengths[i]]
+
+    def other(i: int) -> tuple[Any, np.ndarray]:
+        return contexts[i], tokens[i, : lengths[i]]
+
+    shapes, behaviour = _shapes(rollouts, max(P, longest)), _behaviour(rollouts)
+    rows = _fill(shapes, prompt_lengths, lengths, own, behaviour, separate, multiple, layout, room)
+    beside = _fill(shapes, context_lengths, lengths, other, behaviour, separate, multiple, layout, room)
+    shift = np.where(rows.mask, (context_lengths - prompt_lengths)[rows.segments - 1], 0)
+    return rows, beside, (np.arange(rows.tokens.shape[1]) + shift).astype(np.int32)
+
+
+def _shapes(rollouts: Rollouts, longest_prompt: int) -> Sequences:
+    _, R, k = rollouts.topk_ids.shape
+    return sequence_shapes(0, longest_prompt, R, k, rollouts.advantage is not None)
+
+
+def _behaviour(rollouts: Rollouts) -> dict[str, np.ndarray]:
+    """What a rollout has at each token of its response."""
+    found = {"logp": np.asarray(rollouts.logp), "topk_ids": np.asarray(rollouts.topk_ids)}
+    if rollouts.advantage is not None:
+        found["advantage"] = np.broadcast_to(np.asarray(rollouts.advantage)[:, None], rollouts.tokens.shape)
+    return found
+
+
+def join_texts(
+    rollouts: Rollouts | None,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_prompt: int,
+    max_response: int,
+    layout: Layout | None = None,
+) -> Rollouts:
+    """Rollouts and (prompt, response) pairs of a corpus in one batch; every batch shard gets its share of both."""
+    n = len(texts)
+    prompts = Prompts(
+        tokens=np.zeros((n, max_prompt), np.int32),  # pyright: ignore[reportArgumentType]
+        lengths=np.array([len(p) for p, _ in texts], np.int32),  # pyright: ignore[reportArgumentType]
+        ids=np.zeros(n, np.uint32),  # pyright: ignore[reportArgumentType]
+        samples=np.zeros(n, np.uint32),  # pyright: ignore[reportArgumentType]
+    )
+    tokens = np.zeros((n, max_response), np.int32)
+    for i, (prompt, response) in enumerate(texts):
+        prompts.tokens[i, max_prompt - len(prompt) :] = prompt  # pyright: ignore[reportIndexIssue]
+        tokens[i, : len(response)] = response
+    k = 0 if rollouts is None else rollouts.topk_ids.shape[2]
+    zeros = np.zeros((n, max_response), np.float32)
+    lists = np.zeros((n, max_response, k), np.float32)
+    lengths = np.array([len(r) for _, r in texts], np.int32)
+    ended, fixed = np.ones((2, n), bool)
+    made: Any = (prompts, tokens, lengths, ended, zeros, zeros, lists.astype(np.int32), lists, None, fixed)
+    if rollouts is None:
+        return Rollouts(*made)
+    sampled = dataclasses.replace(rollouts, fixed=np.zeros(len(rollouts.lengths), bool))  # pyright: ignore
+    shards = batch_shards(layout)
+
+    def both(a: Any, b: Any) -> np.ndarray:
+        parts = [np.asarray(x).reshape(shards, -1, *x.shape[1:]) for x in (a, b)]
+        return np.concatenate(parts, axis=1).reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(both, sampled, Rollouts(*made))
 
 
 def split(rollouts: Rollouts, parts: int, layout: Layout | None = None) -> list[Rollouts]:
@@ -89,9 +173,12 @@ def _fill(
     separate: bool,
     multiple: int,
     layout: Layout | None,
+    room: np.ndarray | None = None,
 ) -> Sequences:
+    """``room``: columns to keep for each sequence, where it is to have more than it uses."""
     width, used = shapes.tokens.shape[1], prompt_lengths + lengths - 1
-    if not len(used) or prompt_lengths.min() < 1 or lengths.min() < 1 or used.max() > width:
+    room = used if room is None else room
+    if not len(used) or prompt_lengths.min() < 1 or lengths.min() < 1 or room.max() > width:
         raise InputError(f"sequences to pack: expected at least one, each with a prompt and a response, of ≤ {width}")
     rows = -(-len(used) // multiple) * multiple
     if layout:
@@ -99,7 +186,7 @@ def _fill(
         layout.check("rows to pack into", (rows,), ("batch",))
     owners = _owners(layout)
     mine = own_rows(layout, len(owners))
-    row_B, start_B = place(used, width, rows, owners, separate)
+    row_B, start_B = place(room, width, rows, owners, separate)
     # pages that nothing is written to, those of other processes' rows, are never touched
     out: Any = jax.tree.map(lambda s: np.zeros((rows, *s.shape[1:]), s.dtype), shapes)
     out.depth[:] = -1
@@ -156,16 +243,18 @@ def over_passes(
     if micro_batch is None or micro_batch == M:
         return body(carry, 0, rows, *more)
     held = jnp.any(rows.segments > 0, axis=1).reshape(_grid(M, micro_batch, shards))
-    passes = jnp.sum(jnp.any(held, axis=(0, 2)))
+    used = jnp.any(held, axis=(0, 2))
+    order = jnp.argsort(~used, stable=True)
 
     def take(i: Array, x: Array) -> Array:
         grid = x.reshape(*_grid(M, micro_batch, shards), *x.shape[1:])
         return lax.dynamic_index_in_dim(grid, i, axis=1, keepdims=False).reshape(micro_batch, *x.shape[1:])
 
-    def step(i: Array, carry: Any) -> Any:
+    def step(n: Array, carry: Any) -> Any:
+        i = order[n]
         return body(carry, i, *jax.tree.map(lambda x: take(i, x), (rows, *more)))
 
-    return lax.fori_loop(0, passes, step, carry)
+    return lax.fori_loop(0, jnp.sum(used), step, carry)
 
 
 def padding(rows: Sequences) -> Metrics:

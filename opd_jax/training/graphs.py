@@ -37,9 +37,11 @@ class Graphs:
     schedule: optax.Schedule
     shardings: TrainState
     engine: Callable[[DecoderConfig], Engine]  # of the student, or of the teacher's own rollouts
+    packing: dict[str, Any]
     pack: Callable[[Rollouts], Sequences]  # on the host
     pack_texts: Callable[[list[Any]], Sequences]  # of (prompt, response) pairs, on the host
-    score: Callable[[Params, Sequences], Scores] | None
+    scorer: Callable[[DecoderConfig], Callable[[Params, Sequences], Scores]]  # of any teacher
+    score: Callable[[Params, Sequences], Scores] | None  # of the first
     update: Callable[..., Any]
     update_unmeasured: Callable[..., Any]  # the same step without Eqs. 6-10
     measure: Callable[..., Any]
@@ -61,7 +63,8 @@ def make_graphs(
     """
     layout, dtype = Layout(mesh), jnp.dtype(config.dtype)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps * config.updates)
-    shardings = state_shardings(optimizer, student, layout)
+    moving = config.teacher.decay if config.teacher else None
+    shardings = state_shardings(optimizer, student, layout, moving=moving is not None)
     micro_batch = rows_per_pass(config, batch_shards(layout))
     packing: Any = {"separate": not config.pack, "multiple": micro_batch, "layout": layout}
     common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
@@ -72,8 +75,9 @@ def make_graphs(
         loss = quick_loss = functools.partial(grpo_loss, objective=config.objective, **common)
     else:
         loss = quick_loss = functools.partial(sft_loss, **common)
+    follow = None if moving is None else (moving, config.teacher.every)  # pyright: ignore[reportOptionalMemberAccess]
     update, quick_update = (
-        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=micro_batch)
+        make_update(f, optimizer, shardings=shardings, layout=layout, micro_batch=micro_batch, follow=follow)
         for f in (loss, quick_loss)
     )
     new_engine = functools.partial(
@@ -84,17 +88,20 @@ def make_graphs(
         dtype=dtype,
         layout=Layout(mesh, ROLLOUT),
     )
+    scorer = functools.cache(functools.partial(make_score, dtype=dtype, layout=layout, micro_batch=micro_batch))
     return Graphs(
         layout=layout,
         optimizer=optimizer,
         schedule=schedule,
         shardings=shardings,
         engine=functools.cache(new_engine),
+        packing=packing,
         pack=functools.partial(pack, **packing),
         pack_texts=functools.partial(
             pack_texts, max_prompt=config.data.max_prompt, max_response=config.rollout.max_response, **packing
         ),
-        score=make_score(teacher, dtype=dtype, layout=layout, micro_batch=micro_batch) if teacher else None,
+        scorer=scorer,
+        score=scorer(teacher) if teacher else None,
         update=update,
         update_unmeasured=quick_update,
         measure=make_measure(

@@ -14,7 +14,7 @@ from opd_jax.config import Config
 from opd_jax.evaluation.rewards import Judged
 from opd_jax.mesh import own_rows
 from opd_jax.objectives.grpo import group_advantages
-from opd_jax.sampling.packing import split
+from opd_jax.sampling.packing import join_texts, split
 from opd_jax.training.setup import Setup, rollout_law
 from opd_jax.training.state import TrainState
 from opd_jax.training.throughput import throughput, update_flops
@@ -28,37 +28,48 @@ def rollout_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     """Sample, judge, score, update: on-policy distillation, and GRPO (paper §2, A.1)."""
     graphs, config = setup.graphs, setup.config
     clock = Clock()
-    prompts = clock("data", next(setup.batches))
-    weights = clock("reshard", graphs.engine(setup.student).cast(state.params))
-    law, seed = rollout_law(config), config.seed
-    limit = config.rollout.length and config.rollout.length.at(step, config.rollout.max_response)
-    host = clock("rollout", setup.rollout(weights, prompts, law, seed, step, limit))
-    del weights
+    batch = clock("data", next(setup.batches))
+    prompts, texts = batch if config.off_policy else (batch, [])
+    sampled = _sampled(setup, state, step, prompts, clock) if prompts is not None else None
     judged: Row = {}
-    if setup.judge:
-        host, judged = clock("reward", rewarded(setup, host))
+    if setup.judge and sampled:
+        sampled, judged = clock("reward", rewarded(setup, sampled))
+    sizes = config.data.max_prompt, config.rollout.max_response
+    host: Any = join_texts(sampled, texts, *sizes, setup.layout) if texts else sampled
     measure = (step - 1) % config.metrics_every == 0
     update = graphs.update if measure else graphs.update_unmeasured
     metrics, skipped = [], []
     for part in split(host, config.updates, setup.layout):
-        packed = weighted(graphs.pack(part), config, step)
-        rows = clock("pack", setup.layout.put_rows(packed))
-        if setup.teacher:
-            assert graphs.score
-            scores = clock("score", graphs.score(setup.teacher.params, rows))
+        if setup.teaching:
+            packed, beside, columns = setup.teaching.pack(part)
+            packed = setup.teaching.weigh(part, weighted(packed, config, step))
+            if texts:  # nobody's most probable ids are known there: the loss takes the student's own
+                packed = packed.replace(logp=None, topk_ids=None)  # pyright: ignore[reportAttributeAccessIssue]
+            rows = clock("pack", setup.layout.put_rows(packed))
+            scores = clock("score", setup.teaching.scores(state.moving, part, beside, columns))
             state, measured = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
         else:
+            packed = weighted(graphs.pack(part), config, step)
+            rows = clock("pack", setup.layout.put_rows(packed))
             state, measured = clock("update", update(state, rows))
         metrics.append(hosts.fetch(measured))
         if not _finite(metrics[-1]):
             skipped.append(packed)
     row = means(jax.tree.map(lambda *x: sum(x), *metrics)) | judged | {
         "padding_unpacked": 1 - float(np.mean(host.prompts.lengths + host.lengths - 1)) / packed.tokens.shape[1],
-        "response_length": float(np.mean(host.lengths)),
-        "truncation_rate": float(np.mean(~np.asarray(host.stopped))),
     }  # fmt: skip
+    if sampled is not None:
+        row["response_length"] = float(np.mean(sampled.lengths))
+        row["truncation_rate"] = float(np.mean(~np.asarray(sampled.stopped)))
     row |= _rates(setup, clock, host.prompts.lengths, host.lengths, measure)
     return state, row | _common(setup, state) | clock.row(), skipped
+
+
+def _sampled(setup: Setup, state: TrainState, step: int, prompts: Any, clock: Clock) -> Rollouts:
+    config = setup.config
+    weights = clock("reshard", setup.graphs.engine(setup.student).cast(state.params))
+    limit = config.rollout.length and config.rollout.length.at(step, config.rollout.max_response)
+    return clock("rollout", setup.rollout(weights, prompts, rollout_law(config), config.seed, step, limit))
 
 
 def sft_step(setup: Setup, state: TrainState, step: int) -> StepResult:
