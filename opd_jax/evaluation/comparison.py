@@ -58,7 +58,7 @@ def compare(paths: Sequence[Path], teacher: Path | None = None, out: Path | None
         lines = [
             "# Comparison",
             "",
-            "Differences are to the first; errors and 95 % intervals are over problems, paired.",
+            "Differences are to the first, paired by problem; errors and 95 % intervals are over problems.",
         ]
         for name, rows in compared.items():
             title = f"## {name}, {rows[0]['problems']:,} problems"
@@ -66,7 +66,7 @@ def compare(paths: Sequence[Path], teacher: Path | None = None, out: Path | None
         write_atomically(epath.Path(out / "comparison.md"), "\n".join(lines) + "\n")
         text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(epath.Path(out / "comparison.json"), text)
-        plots.save(plots.scores(_plotted(compared)), out / "comparison.png")
+        plots.save(plots.scores(_plotted(compared), columns=len(compared)), out / "comparison.png")
     return result
 
 
@@ -86,8 +86,7 @@ def _compare(benchmark: str, results: Sequence[Result], teacher: Result | None, 
 
 
 def _heads(teacher: Result | None) -> list[str]:
-    heads = ["result", "accuracy", "95 % interval", "difference", "95 % interval of it"]
-    return heads + (["gap recovery", "95 % interval of it"] if teacher else [])
+    return ["result", "accuracy", "95 %", "difference", "95 %"] + (["gap recovery", "95 %"] if teacher else [])
 
 
 def _cells(rows: Sequence[Row], teacher: Result | None) -> list[list[Any]]:
@@ -102,11 +101,16 @@ def _score_cells(score: Row | None) -> list[Any]:
     return [(score["mean"], score["error"]), f"{score['low']:.3f} … {score['high']:.3f}" if known else None]
 
 
-def _plotted(compared: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Score]]:
-    return {
-        benchmark: {row["name"]: Score(**row["accuracy"], problems=row["problems"]) for row in rows}
-        for benchmark, rows in compared.items()
-    }
+def _plotted(compared: Mapping[str, Sequence[Row]]) -> dict[tuple[str, str], dict[str, Score]]:
+    """Accuracies of all benchmarks, then differences: intervals of accuracies that overlap may differ for certain."""
+    panels = {}
+    for part, label in (("accuracy", "accuracy"), ("difference", "difference to {}, paired")):
+        for benchmark, rows in compared.items():
+            scores = {row["name"]: row[part] or dict.fromkeys(("mean", "error", "low", "high"), 0.0) for row in rows}
+            panels[benchmark, label.format(rows[0]["name"])] = {
+                name: Score(**score, problems=rows[0]["problems"]) for name, score in scores.items()
+            }
+    return panels
 
 
 def _load(path: Path) -> Result:

@@ -116,15 +116,15 @@ def position_names(rows: Sequence[Row]) -> list[str]:
     return in_order(key.removesuffix(_SUFFIX) for row in rows for key, v in row.items() if key.endswith(_SUFFIX) and v)
 
 
-def scores(groups: Mapping[str, Mapping[str, Any]], label: str = "accuracy") -> Figure:
-    """One panel a group (benchmark): a point with its interval for each name.
+def scores(panels: Mapping[tuple[str, str], Mapping[str, Any]], columns: int = 3) -> Figure:
+    """A point with its interval for each name; one panel for each (title, label of the axis), one colour a name.
 
-    ``groups``: panel → name → an object with ``mean``, ``low`` and ``high``.
+    ``panels``: panel → name → an object with ``mean``, ``low`` and ``high``.
     """
-    names = list(dict.fromkeys(name for held in groups.values() for name in held))
+    names = list(dict.fromkeys(name for held in panels.values() for name in held))
 
-    def draw(ax: Axes, group: str) -> None:
-        held = groups[group]
+    def draw(ax: Axes, panel: str) -> None:
+        (title, label), held = found[panel]
         for y, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
             if name in held:
                 score = held[name]
@@ -133,10 +133,11 @@ def scores(groups: Mapping[str, Mapping[str, Any]], label: str = "accuracy") -> 
         ax.set_yticks(range(len(names)), [textwrap.fill(name, 24) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
-        ax.set_title(group, fontsize=10, loc="left")
-        ax.set_xlabel(f"{label}, 95 % interval over problems")
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel(textwrap.fill(label, 32))
 
-    return _panels(list(groups), draw, columns=3)
+    found = {str(i): panel for i, panel in enumerate(panels.items())}
+    return _panels(list(found), draw, columns)
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
