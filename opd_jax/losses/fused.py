@@ -68,6 +68,18 @@ class Plan:
     def vocab_axes(self) -> tuple[str, ...]:
         return self._axes("vocab")
 
+    @property
+    def embed_axes(self) -> tuple[str, ...]:
+        return self._axes("embed")
+
+    def scatters(self, width: int) -> bool:
+        """Whether the shards of the width are shards of the batch, too, and divide it."""
+        axes = self.embed_axes
+        if not axes or not set(axes) <= set(self.batch_axes):
+            return False
+        assert self.layout
+        return width % math.prod(self.layout.mesh.shape[a] for a in axes) == 0
+
     def _axes(self, name: str) -> tuple[str, ...]:
         axes = dict(self.layout.table)[name] if self.layout else ()
         return axes if self.layout and math.prod(self.layout.mesh.shape[a] for a in axes) > 1 else ()
@@ -139,12 +151,16 @@ def values_and_gradient(
         # The shards' sums meet once, here, not in every step of the scan.
         if plan.vocab_axes:
             dhidden_BTD = lax.psum(dhidden_BTD, plan.vocab_axes)
-        if plan.batch_axes:
-            dhead_VD = lax.psum(dhead_VD, plan.batch_axes)
+        if scattered:
+            dhead_VD = lax.psum_scatter(dhead_VD, plan.embed_axes, scatter_dimension=1, tiled=True)
+        if rest := [a for a in plan.batch_axes if not (scattered and a in plan.embed_axes)]:
+            dhead_VD = lax.psum(dhead_VD, rest)
         return values, dhidden_BTD.astype(hidden_BTD.dtype), dhead_VD
 
     heads = _prepare_heads(plan, hidden_BTD, head_VD, fixed)
-    run = _on_shards(plan, scan, (("batch",), ("batch",), ("vocab", None)))
+    # Each chip gets the sum of its own columns: the whole head gradient is never sent back, or held twice.
+    scattered = plan.scatters(head_VD.shape[1])
+    run = _on_shards(plan, scan, (("batch",), ("batch",), ("vocab", "embed" if scattered else None)))
     (loss_BT, measured_BT), dhidden_BTD, dhead_VD = run(hidden_BTD, heads, fixed.tokens)
     rows = head_VD.shape[0]
     dhead_VD = jnp.pad(dhead_VD[:rows], [(0, max(0, rows - dhead_VD.shape[0])), (0, 0)])
