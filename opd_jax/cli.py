@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from opd_jax import __version__
+from opd_jax.data_commands import data_app
+from opd_jax.result_files import JsonPath, check_writable, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,13 +30,15 @@ CTRL_C = 130  # what typer makes of KeyboardInterrupt
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="settings that override the file, as optimizer.lr=1e-5 rollout.samples=2")
 ]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the result here, for machines")]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"opd-jax {__version__}")
         raise typer.Exit
+
+
+app.add_typer(data_app, name="data")
 
 
 @app.callback()
@@ -56,8 +59,8 @@ def demo(
     """Makes a small teacher and student, distils one into the other and writes a report; minutes on a CPU."""
     from opd_jax.demo import default_directory, run_demo
 
-    _check_writable("--json", json_path)
-    _write_json(json_path, run_demo(out or default_directory(resume), seed, resume, _stop_on_signals()))
+    check_writable("--json", json_path)
+    write_json(json_path, run_demo(out or default_directory(resume), seed, resume, _stop_on_signals()))
 
 
 @app.command()
@@ -81,7 +84,7 @@ def train(
     """
     from opd_jax.config import load_config
 
-    _check_writable("--json", json_path)
+    check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
     from opd_jax import hosts
 
@@ -93,7 +96,7 @@ def train(
     from opd_jax.training.loop import train as run  # seconds, which a mistake in the configuration need not wait
 
     rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=_stop_on_signals())
-    _write_json(json_path, {"run_dir": settings.run_dir, "evaluations": rows})
+    write_json(json_path, {"run_dir": settings.run_dir, "evaluations": rows})
 
 
 @app.command("eval")
@@ -137,12 +140,12 @@ def evaluate(
     from opd_jax.evaluation.benchmarks import parse_benchmarks
     from opd_jax.sampling.law import Law
 
-    _check_writable("--json", json_path)
+    check_writable("--json", json_path)
     if resume and out is None:
         raise InputError("--resume: give the directory that is to be continued, --out DIR")
     if out is not None and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file. Give a directory.")
-    _check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+    check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
     result = evaluate_model(
         model,
         parse_benchmarks(benchmarks, data),
@@ -158,7 +161,7 @@ def evaluate(
         resume=resume,
         stop=_stop_on_signals() if out else None,
     )
-    _write_json(json_path, result)
+    write_json(json_path, result)
 
 
 @app.command("compare-results")
@@ -173,8 +176,8 @@ def compare_results(
     """Differences between evaluations on the same problems, with paired intervals over problems."""
     from opd_jax.evaluation.comparison import compare
 
-    _check_writable("--json", json_path)
-    _write_json(json_path, compare(results, teacher, out))
+    check_writable("--json", json_path)
+    write_json(json_path, compare(results, teacher, out))
 
 
 @app.command()
@@ -206,8 +209,8 @@ def generate(
     from opd_jax.generate import generate_file
     from opd_jax.sampling.law import Law
 
-    _check_writable("--json", json_path)
-    _check_writable("OUT", out)
+    check_writable("--json", json_path)
+    check_writable("OUT", out)
     result = generate_file(
         model,
         parse_data(source, overrides or []),
@@ -222,7 +225,7 @@ def generate(
         resume=resume,
         stop=_stop_on_signals(),
     )
-    _write_json(json_path, result)
+    write_json(json_path, result)
 
 
 @app.command("import")
@@ -242,13 +245,13 @@ def import_(
     from opd_jax.errors import InputError
     from opd_jax.models.hf import check_target
 
-    _check_writable("--json", json_path)
+    check_writable("--json", json_path)
     check_target(out)
     if prompts is not None and not (drop_layers or "").startswith("auto:"):
         raise InputError(f"--prompts {prompts}: only --drop-layers auto:N scores layers on prompts; leave it out")
     dropped = layers_to_drop(source, drop_layers, prompts)
     import_model(source, out, dropped, sha256)
-    _write_json(json_path, {"model": str(out), "source": source, "dropped_layers": dropped})
+    write_json(json_path, {"model": str(out), "source": source, "dropped_layers": dropped})
 
 
 @app.command()
@@ -289,13 +292,13 @@ def plan(
     """Says whether a run fits a pod, by compiling it for one; what bounds it; and what would fit. Loads nothing."""
     from opd_jax.config import load_config
 
-    _check_writable("--json", json_path)
+    check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
     _compile_only(topology)
     from opd_jax.plan import LONG, plan_run
 
     result = plan_run(settings, topology, mean_response=mean_response, caches=cache or LONG, search=search)
-    _write_json(json_path, result)
+    write_json(json_path, result)
 
 
 @app.command()
@@ -309,7 +312,7 @@ def report(
     from opd_jax.tracking.report import write_report
     from opd_jax.tracking.run_dir import existing_run
 
-    _check_writable("--out", None if out is None or is_remote(out) else Path(out))
+    check_writable("--out", None if out is None or is_remote(out) else Path(out))
     found = [existing_run(store_path(run)) for run in runs]
     target = store_path(out) if out else found[0].report
     write_report(found, target)
@@ -325,6 +328,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which it is on purpose
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every option it sets, and of what it raises
+    ours = logging.getLogger("opd_jax")
+    ours.handlers, ours.propagate = [_Warnings()], False  # grain prints what reaches the root logger
     _use_compilation_cache()
     try:
         if app(standalone_mode=False) == CTRL_C:
@@ -340,19 +345,20 @@ def main() -> None:
         _fail(str(e), 3)
 
 
+class _Warnings(logging.Handler):
+    """What the library logs, as the command's own warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from opd_jax.tracking.console import console
+
+        console.warn(record.getMessage())
+
+
 def _fail(message: str, code: int) -> None:
     from opd_jax.tracking.console import console
 
     console.error(message)
     sys.exit(code)
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """Hours of work must not be lost to a result that cannot be written."""
-    from opd_jax.errors import InputError
-
-    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise InputError(f"{option} {path}: cannot be written. Give a file in an existing directory.")
 
 
 def _use_compilation_cache() -> None:
@@ -392,15 +398,3 @@ def _stop_on_signals() -> threading.Event:
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     return stop
-
-
-def _write_json(path: Path | None, result: Any) -> None:
-    if path:
-        import jax
-
-        from opd_jax.tracking.writers import plain
-
-        if jax.process_index():
-            return
-
-        path.write_text(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

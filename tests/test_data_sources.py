@@ -1,6 +1,7 @@
 """Records from every kind of source, and the complaint for every kind of bad one."""
 
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,15 @@ COUNTS = {
     "dapo_math_en_dedup": 14_012,
     "deepmath_dedup_14k": 14_116,
 }
+
+
+ONLINE = types.SimpleNamespace(HF_DATASETS_OFFLINE=False)
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+    """The command line takes the library's warnings for itself; here caplog is to have them."""
+    monkeypatch.setattr(logging.getLogger("opd_jax"), "propagate", True)
 
 
 def write(path: Path, *rows: object) -> str:
@@ -86,7 +96,7 @@ def test_hugging_face_dataset(monkeypatch):
         calls.append((args, kwargs))
         return [{"question": "1 + 1 ?", "answer": "easy #### 2"}] * 3
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=ONLINE))
     records = load_records(Data(source="openai/gsm8k", subset="main", split="test", limit=2), require_answer=True)
     assert records == [Record("0", "1 + 1 ?", "2"), Record("1", "1 + 1 ?", "2")]
     assert calls == [(("openai/gsm8k", "main"), {"split": "test", "streaming": True})]
@@ -107,7 +117,8 @@ def test_a_stream_that_breaks_off_says_where(monkeypatch):
         yield {"problem": "a"}
         raise ConnectionError("lost")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows()))
+    broken = types.SimpleNamespace(load_dataset=lambda *a, **k: rows(), config=ONLINE)
+    monkeypatch.setitem(sys.modules, "datasets", broken)
     with pytest.raises(InputError, match=r"some/set, split train.*after row 1 \(lost\)"):
         load_records(Data(source="some/set"))
 
@@ -116,7 +127,7 @@ def test_unreachable_dataset_names_the_way_out(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=ONLINE))
     with pytest.raises(InputError, match=r"openai/gsm8k.*no route.*data\.source=PATH"):
         load_records(Data(source="openai/gsm8k"))
 

@@ -19,6 +19,7 @@ ANSWER_COLUMNS = ("answer", "solution", "target", "reward_model.ground_truth")
 
 Row = tuple[str, dict[str, Any], "Record"]  # where it stands (for messages), its columns, what is read of them
 _Raw = tuple[str, bytes | dict[str, Any]]  # the same before it is parsed
+ESCAPE = r"\boxed{{}}"  # unrendered, as in the paper's published training file
 _ABSENT = object()
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,12 @@ def load_records(data: config.Data, seed: int = 0, require_answer: bool = False)
     records = [record for _, _, record in read_rows(data, bad, seed, require_answer)]
     if bad:
         log.warning("%s: %s", data.title, skipped(bad))
-    if escaped := sum(r"\boxed{{}}" in r.problem for r in records):
+    if escaped := sum(ESCAPE in r.problem for r in records):
         log.warning(
-            "%s: %s problems hold \\boxed{{}}, an escape that nothing renders: the model sees double braces.",
+            "%s: %d problems hold %s, an escape that nothing renders: the model sees double braces.",
             data.title,
-            f"{escaped:,}",
+            escaped,
+            ESCAPE,
         )
     return records
 
@@ -182,20 +184,16 @@ def _parquet_rows(path: Path, name: str) -> Iterator[_Raw]:
 
 
 def _hub_rows(data: config.Data) -> Iterator[_Raw]:
-    from datasets import load_dataset
+    import datasets
 
     source = str(data.source)
     name = source if data.subset is None else f"{source} ({data.subset})"
+    # With a limit only the rows wanted are downloaded; a cache cannot be streamed from.
+    streaming = data.limit is not None and not datasets.config.HF_DATASETS_OFFLINE  # pyright: ignore
     number = 0
     try:
-        try:
-            # with a limit only the rows wanted are downloaded
-            table: Any = load_dataset(source, data.subset, split=data.split, streaming=data.limit is not None)
-        except Exception:
-            if data.limit is None:
-                raise
-            # a dataset in the local cache cannot be streamed offline
-            table = load_dataset(source, data.subset, split=data.split)
+        load: Any = datasets.load_dataset
+        table = load(source, data.subset, split=data.split, streaming=streaming)
         for number, row in enumerate(table, start=1):
             yield f"{name} {data.split} row {number}", dict(row)
     except Exception as e:  # network, hub and builder errors share no base class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
@@ -18,6 +19,14 @@ TEMPLATES = {
     ),
 }
 """paper.md, Prompt templates. ``boxed`` has single braces; the paper's published training file holds an escape."""
+
+INSTRUCTIONS = (
+    *(template for template in TEMPLATES.values() if template != "{problem}"),
+    r"Please reason step by step, and put your final answer within \boxed{}. {problem}",
+    r"{problem} Let's think step by step and output the final answer within \boxed{}.",
+    '{problem} Let\'s think step by step and output the final answer after "####".',
+)
+"""What published training files put around their problems: our templates, and those of verl's MATH and GSM8K."""
 
 
 def render(problem: str, template: str) -> str:
@@ -38,6 +47,23 @@ def render(problem: str, template: str) -> str:
             "double braces. Write \\boxed{} with single braces."
         )
     return text.replace("{problem}", problem)
+
+
+def strip_instruction(problem: str) -> str:
+    r"""The problem without the ``INSTRUCTIONS`` around it, whatever their spacing and with ``\boxed{{}}``, too."""
+    for pattern in _INSTRUCTIONS:
+        if match := pattern.fullmatch(problem.strip()):
+            return match[1]
+    return problem
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = [re.escape(part).replace(r"\{\}", r"\{+\}+") for part in template.split("{problem}")]
+    spaced = [re.sub(r"(?:\\ |\\\n)+", lambda _: r"\s+", part) for part in parts]
+    return re.compile(r"(.*?)".join(spaced), re.DOTALL)
+
+
+_INSTRUCTIONS = [_pattern(template) for template in INSTRUCTIONS]
 
 
 def encode_prompt(tokenizer: Any, problem: str, template: str, chat: bool, chat_arguments: dict[str, Any]) -> list[int]:
