@@ -166,6 +166,12 @@ def ratio_with_error(sums: np.ndarray, counts: np.ndarray, groups: int) -> tuple
     return float(mean), float(error)
 
 
+def responses(rollouts: Rollouts, tokenizer: Any) -> list[str]:
+    """Texts of rollouts on the host, without special tokens."""
+    rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), strict=True)
+    return [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n in rows]
+
+
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token where it stands; bytes that are no character by themselves show as \ufffd."""
     texts = []
@@ -193,8 +199,7 @@ def grade_panel(
 
     ``rollouts``: of all rows, and with all tokens.
     """
-    rows = zip(np.asarray(rollouts.tokens), np.asarray(rollouts.lengths), range(panel.rows), strict=False)
-    texts = [tokenizer.decode(tokens[:n].tolist(), skip_special_tokens=True) for tokens, n, _ in rows]
+    texts = responses(rollouts, tokenizer)[: panel.rows]
     lengths, stopped = (np.asarray(x)[: panel.rows] for x in (rollouts.lengths, rollouts.stopped))
     row = summarise_lengths(lengths, stopped, panel.samples)
     if None in panel.answers:
