@@ -189,7 +189,7 @@ class Batches(Iterator[T], Generic[T]):
         mixed = grain.MapDataset.mix(orders, [part.weight for part in parts]) if len(parts) > 1 else orders[0]
         # drop_remainder: the endless dataset has none, but rounding its length up overflows at batch 1.
         batches = mixed.batch(batch, drop_remainder=True, batch_fn=list)
-        # No look-ahead: stacking takes microseconds, and threads would outlive the run.
+        # No look-ahead: stacking takes milliseconds, and threads would outlive the run.
         self._rows = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
     def __iter__(self) -> Self:
