@@ -51,7 +51,7 @@ def eight_devices() -> None:
 
 
 def settings(models: Path, **changes: Any) -> Config:
-    return run_config(models, Path("never-made"), objective={"name": "topk", "k": 4}, **changes)
+    return run_config(models, Path("never-made"), **{"objective": {"name": "topk", "k": 4}} | changes)
 
 
 EVALUATED: dict[str, Any] = {
@@ -394,6 +394,27 @@ def test_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
     measured = (device.memory_stats() or {})["peak_bytes_in_use"]
     print(f"\npredicted {line.total / GIB:.3f} GiB, measured {measured / GIB:.3f}")
     assert line.total == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({"kind": "grpo", "teacher": None, "reward": {}}, False),
+        ({"reward": {"terms": {"format": 1.0}}, "objective": {"name": "sampled"}}, True),
+        ({"off_policy": {"fraction": 0.5, "data": {"source": "x.jsonl", "response": "r"}}}, True),
+    ],
+)
+def test_a_plan_of_a_run_with_rewards_or_texts(models: Path, changes: dict[str, Any], scored: bool) -> None:
+    """What is compiled is what such a run runs: GRPO has rollouts and no scoring."""
+    lines = [line["name"] for line in plan_run(settings(models, **changes), "cpu-1", caches=())["programs"]]
+    assert "rollout segment" in lines
+    assert lines[-1] == "update"
+    assert ("teacher scoring" in lines) == scored
+
+
+def test_forms_that_are_not_planned(models: Path) -> None:
+    with pytest.raises(InputError, match=r"objective\.scale are not planned.*largest teacher"):
+        plan_run(settings(models, objective={"scale": 1.5}), "cpu-1", caches=())
 
 
 def test_layouts_of_a_plan_are_those_of_a_run(models: Path) -> None:

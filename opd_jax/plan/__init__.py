@@ -18,6 +18,7 @@ from opd_jax.plan.report import Plan, as_json, show
 from opd_jax.plan.search import nearest
 from opd_jax.plan.topology import Topology, find_topology
 from opd_jax.tracking.console import console
+from opd_jax.training.scoring import teachers_of
 from opd_jax.training.setup import check_positions
 
 LONG = (15_360, 31_744)  # responses of the paper's longest training runs and of its evaluations
@@ -45,6 +46,12 @@ def plan_run(
     topology = find_topology(topology_name)
     student = decoder_of(config.student.path)
     teacher = decoder_of(config.teacher.path) if config.teacher else None
+    teachers = teachers_of(config)
+    if len(teachers) > 1 or any(t.context for t in teachers) or config.objective.scale != 1:
+        raise InputError(
+            "opd plan: counts one teacher that reads what the student reads; more_teachers, teacher.context and "
+            "objective.scale are not planned. Plan with the largest teacher alone, and leave room for the others."
+        )
     check_positions(config, config.student.path, student)
     if config.teacher and teacher:
         check_positions(config, config.teacher.path, teacher)

@@ -76,7 +76,7 @@ def step_costs(config: Config, student: DecoderConfig, teacher: DecoderConfig | 
     """The stages of one training step."""
     rows = config.rollout.prompts * config.rollout.samples
     prompt, mean = config.data.max_prompt, sizes.mean_response
-    if teacher is None:
+    if config.kind == "sft":
         return [_update(config, student, None, sizes, rows, prompt + mean)]
     slots = min(config.rollout.slots or rows, rows)
     width = 2 if config.dtype == "bfloat16" else 4
@@ -93,7 +93,7 @@ def step_costs(config: Config, student: DecoderConfig, teacher: DecoderConfig | 
             _tensor_sums(student, prefilled, sizes, 1, width),
         ),
         _decode(config, student, sizes, rows, slots, width),
-        _score(config, teacher, sizes, rows, prompt + mean, width),
+        *([_score(config, teacher, sizes, rows, prompt + mean, width)] if teacher else []),
         _update(config, student, teacher, sizes, rows, prompt + mean),
     ]
 

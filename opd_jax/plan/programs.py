@@ -81,7 +81,7 @@ class Programs:
         self.graphs: Graphs = make_graphs(config, mesh, student, teacher, stops=(vocab - 1,), vocab_size=vocab)
         self.state = self._state()
         self.weights: Params = self._params(teacher, config.dtype) if teacher else {}
-        sizes = per_chip(self.state.params), per_chip(self.state.opt_state)
+        sizes = per_chip(self.state.params), per_chip((self.state.opt_state, self.state.moving))
         self.always: Parts = dict(zip(STATE, sizes, strict=True)) | (
             {"teacher": per_chip(self.weights)} if self.weights else {}
         )
@@ -90,19 +90,15 @@ class Programs:
         """The programs; ``caches``: also a segment for responses of that many tokens, apart from the run."""
         config, evaluation = self.config, self.config.evaluation
         prompt, longest = config.data.max_prompt, config.rollout.max_response
-        if self.teacher is None:
-            found = [self.update()]
-            if evaluation.data:
-                found = [*self.cast("weights for the evaluation", self.student, self.state.params), *found]
-        else:
-            found = [
-                *self.cast("weights for the rollout", self.student, self.state.params),
-                self.prefill(),
-                self.place(),
-                self.segment("rollout segment", self.student, self.slots, prompt + longest),
-                self.score(),
-                self.update(),
-            ]
+        samples = config.kind != "sft" and config.sampled_prompts > 0
+        found: list[Program] = []
+        if samples or evaluation.data:
+            name = "weights for the rollout" if samples else "weights for the evaluation"
+            found += self.cast(name, self.student, self.state.params)
+        if samples:
+            rollout = self.segment("rollout segment", self.student, self.slots, prompt + longest)
+            found += [self.prefill(), self.place(), rollout]
+        found += [self.score(), self.update()] if self.teacher and config.kind != "sft" else [self.update()]
         if evaluation.data:
             length = evaluation.data.max_prompt + (evaluation.max_response or longest)
             rows = self.evaluation_rows()
@@ -116,7 +112,7 @@ class Programs:
         return found + [
             self.segment(f"segment, responses of {n:,}", self.student, self.slots, prompt + n, needed=False)
             for n in caches
-            if self.teacher
+            if samples
         ]
 
     def evaluation_rows(self) -> int:
@@ -216,7 +212,7 @@ class Programs:
     def update(self) -> Program:
         state, sequences = {k: self.always[k] for k in STATE}, self._sequences(self.config.rows)
         depends_on = self._mesh, self.micro_batch, self.config.remat
-        if self.teacher is None:
+        if self.teacher is None or self.config.kind == "sft":
             parts = state | {"sequences": per_chip(sequences)}
             return Program("update", lambda: self.graphs.update.lower(self.state, sequences), parts, {}, depends_on)
         hidden, teacher_head = self._hidden(sequences), head(self.weights)
@@ -229,9 +225,10 @@ class Programs:
         )
 
     def measure(self, rows: int) -> Program:
-        sequences = self._sequences(
-            -(-rows // self.micro_batch) * self.micro_batch, self.config.evaluation.max_response
-        )
+        longest = self.config.evaluation.max_response or self.config.rollout.max_response
+        packed = -(-rows // self.micro_batch) * self.micro_batch
+        shapes = sequence_shapes(packed, self.config.data.max_prompt, longest, self.config.objective.k)
+        sequences = self._rows_of(shapes)
         hidden, teacher_head = self._hidden(sequences), head(self.weights)
         return Program(
             "evaluation: measures",
@@ -267,7 +264,9 @@ class Programs:
     def _state(self) -> TrainState:
         params = self._params(self.student, jnp.float32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(count, count, params, jax.eval_shape(self.graphs.optimizer.init, params))  # pyright: ignore
+        moving = params if self.config.teacher and self.config.teacher.decay is not None else {}
+        optimizer = jax.eval_shape(self.graphs.optimizer.init, params)
+        state = TrainState(count, count, params, optimizer, moving)  # pyright: ignore[reportArgumentType]
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.graphs.shardings
         )
@@ -286,12 +285,18 @@ class Programs:
         state = jax.eval_shape(lambda: engine.empty(slots, columns))
         return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, _row_axes(x), self._decoding), state)
 
-    def _sequences(self, rows: int, longest: int | None = None) -> Sequences:
-        k = None if self.config.kind == "sft" else self.config.objective.k
-        longest = longest or self.config.rollout.max_response
-        shapes = sequence_shapes(rows, self.config.data.max_prompt, longest, k)
+    def _sequences(self, rows: int) -> Sequences:
+        """As they are trained on."""
+        config = self.config
+        k = None if config.kind == "sft" or config.off_policy else config.objective.k
+        longest, rewarded = config.rollout.max_response, config.reward is not None
+        shapes = sequence_shapes(rows, config.data.max_prompt, longest, k, rewarded)
         if self.config.positions != Positions():
-            shapes = dataclasses.replace(shapes, weight=shapes.logp)  # pyright: ignore[reportArgumentType]
+            weight = jax.ShapeDtypeStruct(shapes.tokens.shape, jnp.float32)
+            shapes = dataclasses.replace(shapes, weight=weight)  # pyright: ignore[reportArgumentType]
+        return self._rows_of(shapes)
+
+    def _rows_of(self, shapes: Sequences) -> Sequences:
         return jax.tree.map(lambda x: self._shaped(x.shape, x.dtype, ("batch",)), shapes)
 
     def _hidden(self, sequences: Sequences) -> Any:
