@@ -165,7 +165,7 @@ def assert_same_numbers(got: Path, want: Path) -> None:
                 if isinstance(value, str) or value is None:
                     assert a[name] == value, name
                 else:
-                    x, y = (np.asarray(v, float) for v in (a[name], value))
+                    x, y = (np.asarray(jax.tree.leaves(v), float) for v in (a[name], value))
                     np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6, err_msg=f"{log}: {name}")
 
 
