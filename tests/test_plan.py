@@ -51,7 +51,8 @@ def eight_devices() -> None:
 
 
 def settings(models: Path, **changes: Any) -> Config:
-    return run_config(models, Path("never-made"), **{"objective": {"name": "topk", "k": 4}} | changes)
+    changes = {"objective": {"name": "topk", "k": 4}} | changes
+    return run_config(models, Path("never-made"), **changes)
 
 
 EVALUATED: dict[str, Any] = {
