@@ -15,6 +15,7 @@ class Label(NamedTuple):
 LABELS: dict[str, Label] = {
     "loss": Label("loss", "loss"),
     "accuracy": Label("accuracy", "accuracy"),
+    "reward": Label("reward", "reward"),
     "reverse_kl": Label("KL", "reverse KL (nats/token)"),
     "overlap_ratio": Label("overlap", "overlap ratio"),
     "entropy_gap": Label("entropy gap", "entropy gap (nats)"),
