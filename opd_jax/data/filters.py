@@ -13,9 +13,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 def ends_in_a_loop(text: str) -> bool:
     """Whether the text ends in a phrase of 2 … ``PHRASE`` words that stands there at least three times in succession.
 
-    So Holtzman et al. 2020 (The Curious Case of Neural Text Degeneration) count repetition; a loop of less than
-    ``LOOP`` words is not one here. Words are runs of letters and digits, and single other signs. The last round
-    may be cut short.
+    After Holtzman et al. 2020 (The Curious Case of Neural Text Degeneration), who look for a phrase of 3 tokens or more
+    standing twice at the end, which sound solutions have, too. A loop of less than ``LOOP`` words is none here. Words
+    are runs of letters and digits, and single other signs. The last round may be cut short.
     """
     words = _WORD.findall(text)[-3 * PHRASE :]
     for period in range(2, min(PHRASE, len(words) // 3) + 1):
