@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opd_jax.errors import InputError
 
@@ -24,6 +24,9 @@ StepRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
 class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_M = TypeVar("_M", bound=Strict)
 
 
 class Objective(Strict):
@@ -85,6 +88,16 @@ class Teacher(Model):
     every: PositiveInt = 1  # updates
     cache: str | None = None  # directory that keeps its scores of off_policy responses
 
+    @field_validator("context")
+    @classmethod
+    def _known_names(cls, context: str | None) -> str | None:
+        names = ("problem", "answer", "response")
+        unknown = [n for n in re.findall(r"(?<![\w^}])\{([a-z_]{3,})\}", context or "") if n not in names]
+        if unknown or "{problem}" not in (context or "{problem}"):
+            what = f"{{{unknown[0]}}} is unknown" if unknown else "it does not hold {problem}"
+            raise ValueError(f"{what}; a context holds {{problem}}, and {{answer}} or {{response}}")
+        return context
+
 
 class Reward(Strict):
     """A reward of whole responses: Σ weight · term, compared within the samples of a prompt (GRPO, paper A.1).
@@ -94,7 +107,7 @@ class Reward(Strict):
     f(problem=, answer=, response=, tokens=, stopped=) in a process of its own.
     """
 
-    terms: dict[str, float] = {"answer": 1.0}
+    terms: Annotated[dict[str, float], Field(min_length=1)] = {"answer": 1.0}
     weight: Annotated[float, Field(gt=0)] = 1.0  # of its policy gradient, next to the teacher's objective
     advantage: Literal["standardised", "centred"] = "standardised"
     buffer: PositiveInt = 1024  # tokens
@@ -376,6 +389,12 @@ class Config(Strict):
                 if there:
                     raise ValueError(f"{name} needs a teacher; set teacher.path, or remove it")
             return
+        further = self.more_teachers or self.objective.scale != 1 or self.teacher != Teacher(path=self.teacher.path)
+        if self.kind == "sft" and further:
+            raise ValueError(
+                "kind=sft only compares with a teacher: it takes teacher.path alone; remove the other settings of "
+                "teacher, more_teachers and objective.scale"
+            )
         named = [source for t in (self.teacher, *self.more_teachers) for source in t.sources]
         for source in named:
             if source not in (self.data.mix or {}):
@@ -441,6 +460,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, contradiction.
     """
+    return load_yaml(path, Config, overrides)
+
+
+def load_yaml(path: str | Path, model: type[_M], overrides: list[str] | tuple[str, ...] = ()) -> _M:
+    """Reads a YAML file that holds one ``model``; as ``load_config``."""
     try:
         text = Path(path).read_text()
     except (OSError, ValueError) as e:
@@ -450,7 +474,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     for item in overrides:
         _override(tree, item)
-    return parse_config(tree, str(path))
+    return _validated(model, tree, str(path))
 
 
 def parse_data(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Data:
@@ -475,7 +499,6 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-_M = TypeVar("_M", bound=Strict)
 _BOOL = "tag:yaml.org,2002:bool"
 
 

@@ -17,8 +17,9 @@ def describe(error: BaseException) -> str:
 
 def main(module: str, name: str) -> None:
     """Serves stdin → stdout until stdin ends."""
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the function prints is no reply
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and what it reads is no question
 
     def reply(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message).encode() + b"\n")
@@ -31,18 +32,20 @@ def main(module: str, name: str) -> None:
     if not callable(function):
         return reply({"fault": f"is a {type(function).__name__}, not a function"})
     reply({"ready": True})
-    for line in sys.stdin.buffer:
+    for line in asked:
         arguments = json.loads(line)
         try:
-            value = function(**arguments)
+            reply(judged(function(**arguments)))
         except BaseException as error:
             reply({"fault": f"it raised {describe(error)}"})
-            continue
-        if isinstance(value, bool | int | float):
-            reply({"value": float(value)})
-        else:
-            reply({"fault": f"it returned {type(value).__name__} {str(value)[:80]!r}, expected one number"})
     return None
+
+
+def judged(value: Any) -> dict[str, Any]:
+    """The reply to what a function returned: any number, as a scalar of NumPy or a tensor without axes."""
+    if isinstance(value, bool | int | float) or getattr(value, "shape", None) == ():
+        return {"value": float(value)}
+    return {"fault": f"it returned {type(value).__name__} {str(value)[:80]!r}, expected one number"}
 
 
 if __name__ == "__main__":

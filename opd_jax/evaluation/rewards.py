@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +19,12 @@ import numpy as np
 
 from opd_jax.config import Reward
 from opd_jax.errors import InputError
-from opd_jax.evaluation.answers import AnswerPool
+from opd_jax.evaluation.answers import AnswerPool, find_answer
 
 START_LIMIT = 120.0  # seconds to import the module of a function of one's own
 _ALONE = "a function of one's own is given as MODULE:FUNCTION"
+
+log = logging.getLogger(__name__)
 
 
 class Judged(NamedTuple):
@@ -80,8 +84,7 @@ class Judge:
         return np.array([verdict.correct for verdict in self._pool.judge(pairs)])
 
     def _format(self, rows: Sequence[Judged]) -> np.ndarray:
-        pairs = [(row.response, "") for row in rows]
-        return np.array([verdict.found in ("boxed", "answer") for verdict in self._pool.judge(pairs)])
+        return np.array([find_answer(row.response)[1] != "none" for row in rows])
 
 
 def length_penalty(tokens: Sequence[int], limit: int, buffer: int) -> np.ndarray:
@@ -99,18 +102,21 @@ class _Function:
         self._start()
 
     def __call__(self, rows: Sequence[Judged], skip_bad: bool) -> list[float]:
-        values = []
+        values, faults = [], []
         for row in rows:
             value, fault = self._ask(row)
-            if fault and not skip_bad:
-                raise InputError(
-                    f"reward.terms.{self._name}: prompt {row.id!r}: {fault}. Mend the function, or set "
-                    "reward.skip_bad=true to leave such responses out."
-                )
-            values.append(math.nan if fault else value)
+            if fault:
+                faults.append(f"reward.terms.{self._name}: prompt {row.id!r}: {fault}.")
+                if not skip_bad:
+                    mend = "Mend the function, or set reward.skip_bad=true to leave such responses out."
+                    raise InputError(f"{faults[0]} {mend}")
+            values.append(value)
+        if faults:
+            log.warning("%s %d of %d responses are left out.", faults[0], len(faults), len(rows))
         return values
 
     def _ask(self, row: Judged) -> tuple[float, str | None]:
+        """The value, and why there is none (then NaN)."""
         if self._process is None:
             self._start()
         reply = self._exchange({k: v for k, v in row._asdict().items() if k != "id"}, self._limit)
@@ -164,6 +170,8 @@ class _Function:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            # with all that the function started, which may hold the pipe open
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None

@@ -97,6 +97,8 @@ def reward_loss(
     """
     logp, entropy, _ = token_log_probs(hidden_BTD, head_VD, tokens_BT, vocab_size=vocab_size)
     weight = jnp.where(mask_BT, 1.0 if weights is None else weights, 0.0).astype(logp.dtype)
+    # what stands elsewhere has no influence, were it NaN
+    advantages_BT, behaviour_logp_BT = (jnp.where(mask_BT, x, 0.0) for x in (advantages_BT, behaviour_logp_BT))
     loss = policy_gradient(logp, -advantages_BT.astype(logp.dtype), behaviour_logp_BT, objective)
     ratio, (low, high) = lax.stop_gradient(jnp.exp(logp - behaviour_logp_BT)), objective.ratio_bounds
     clipped = ((ratio < low) | (ratio > high)).astype(logp.dtype)

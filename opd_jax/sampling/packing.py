@@ -108,7 +108,8 @@ def join_texts(
     max_response: int,
     layout: Layout | None = None,
 ) -> Rollouts:
-    """Rollouts and (prompt, response) pairs of a corpus in one batch; every batch shard gets its share of both."""
+    """Rollouts and (prompt, response) pairs of a corpus in one batch, evenly mixed: every batch shard, and each part
+    that ``split`` makes, has its share of both."""
     n = len(texts)
     prompts = Prompts(
         tokens=np.zeros((n, max_prompt), np.int32),  # pyright: ignore[reportArgumentType]
@@ -130,10 +131,12 @@ def join_texts(
         return Rollouts(*made)
     sampled = dataclasses.replace(rollouts, fixed=np.zeros(len(rollouts.lengths), bool))  # pyright: ignore
     shards = batch_shards(layout)
+    share = len(rollouts.lengths) // shards, n // shards
+    order = np.argsort(np.concatenate([(np.arange(m) + 0.5) / max(m, 1) for m in share]), kind="stable")
 
     def both(a: Any, b: Any) -> np.ndarray:
         parts = [np.asarray(x).reshape(shards, -1, *x.shape[1:]) for x in (a, b)]
-        return np.concatenate(parts, axis=1).reshape(-1, *a.shape[1:])
+        return np.concatenate(parts, axis=1)[:, order].reshape(-1, *a.shape[1:])
 
     return jax.tree.map(both, sampled, Rollouts(*made))
 

@@ -87,13 +87,15 @@ class Teaching:
 
     def _cached(self, cache: ScoreCache, network: Network, rollouts: Rollouts, rows: Sequences) -> Scores:
         keys = cache.keys(rollouts)
-        known, kept = cache.load(keys, rows, network.config.width)
+        known_B, kept = cache.load(keys, rows, network.config.width)
+        known = np.where(rows.segments > 0, known_B[rows.segments - 1], False)
         live = self.score(network.config)(network.params, self.layout.put_rows(_only(rows, ~known)))
         hidden = live.hidden
-        if known.any():
+        if known_B.any():
             hidden = _known(self.layout.put_rows(known), self.layout.put_rows(kept), hidden)
-        if any(keys):
-            cache.store(keys, rows, jax.device_get(hidden))
+        new = [None if there else key for key, there in zip(keys, known_B, strict=True)]
+        if any(new):
+            cache.store(new, rows, jax.device_get(hidden))
         return live.replace(hidden=hidden)  # pyright: ignore[reportAttributeAccessIssue]
 
     def weigh(self, rollouts: Rollouts, rows: Sequences) -> Sequences:
@@ -148,6 +150,6 @@ def _side_by_side(hidden: list[Array], weights_MT: list[Array], columns_MT: Arra
     parts = []
     for h, w in zip(hidden, weights_MT, strict=True):
         # where, not times: what a network says of others' columns may be anything
-        part = jnp.where(w[..., None] != 0, h * w[..., None].astype(h.dtype), 0)
+        part = jnp.where(w[..., None] != 0, h * w[..., None], 0).astype(h.dtype)
         parts.append(part if columns_MT is None else jnp.take_along_axis(part, columns_MT[..., None], axis=1))
     return jnp.concatenate(parts, axis=-1)

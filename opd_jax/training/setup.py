@@ -88,6 +88,7 @@ def prepare(config: Config) -> Setup:
     for section in teachers_of(config):
         _check_teacher(config, section.path, tokenizer, vocab_size)
     records, overlong, batches = _data(config, tokenizer)
+    judge = Judge(config.reward, config.rollout.max_response) if config.reward else None
 
     params, student = load_model(config.student.path, layout)
     check_vocabulary(config.student.path, student.vocab_size, vocab_size)
@@ -115,7 +116,6 @@ def prepare(config: Config) -> Setup:
     moving = None
     if config.teacher and config.teacher.decay is not None:
         moving = _moving(config.teacher.path, student, layout)
-    judge = Judge(config.reward, config.rollout.max_response) if config.reward else None
     return Setup(
         config=config,
         layout=layout,
@@ -181,7 +181,7 @@ def _cache(config: Config, teacher: Network) -> ScoreCache | None:
         return None
     if hosts.several():
         raise InputError("teacher.cache: works with one process only. Remove it, or run on one host.")
-    return ScoreCache(config.teacher.cache, teacher.params, config.dtype)
+    return ScoreCache(config.teacher.cache, teacher.params, teacher.config, config.dtype)
 
 
 def _moving(path: str, student: DecoderConfig, layout: Layout) -> Params:
@@ -232,6 +232,8 @@ def _data(config: Config, tokenizer: Any) -> tuple[list[Record], Overlong, Any]:
 def _texts(config: Config, tokenizer: Any) -> Batches[list[Example]]:
     assert config.off_policy
     data = config.off_policy.data or config.data
+    # rows have no room for longer ones
+    data = data.model_copy(update={"max_prompt": min(data.max_prompt, config.data.max_prompt)})
     records = load_records(data, seed=config.seed)
     examples, records, _ = encode_examples(records, tokenizer, data, config.rollout.max_response)
     rows = (config.rollout.prompts - config.sampled_prompts) * config.rollout.samples

@@ -11,6 +11,7 @@ import numpy as np
 
 from opd_jax import hosts
 from opd_jax.config import Config
+from opd_jax.errors import InputError
 from opd_jax.evaluation.rewards import Judged
 from opd_jax.mesh import own_rows
 from opd_jax.objectives.grpo import group_advantages
@@ -109,6 +110,11 @@ def rewarded(setup: Setup, rollouts: Rollouts) -> tuple[Rollouts, Row]:
     total = judge.total(terms)
     advantages = reward.weight * group_advantages(total, samples, reward.advantage)
     known = np.isfinite(total)
+    if not known.any():
+        raise InputError(
+            f"reward.terms: none of the {B} responses of a step could be judged, so there is nothing to learn from. "
+            "Mend the function; reward.skip_bad=true leaves out single responses."
+        )
     flat = np.all(advantages.reshape(-1, samples) == 0, axis=1)
     row = {f"reward/{name}": _mean(terms[name]) for name in names} | {
         "reward": _mean(total),
