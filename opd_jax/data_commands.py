@@ -62,8 +62,9 @@ def show(
         tokenizer = load_tokenizer(path)
         for name, part in data.parts.items():
             results.append({"name": name or data.title} | _shown(part, tokenizer, prompts))
-    columns = ("rows", "dropped", "truncated", "tokens, median", "95 %", "longest", "bad rows")
-    console.table("prompts", ["source", *columns], [[r["name"], *(r[c] for c in columns)] for r in results])
+    names = ("rows", "dropped", "truncated", "tokens_median", "tokens_95", "tokens_longest")
+    heads = ("source", "rows", "dropped", "truncated", "tokens, median", "95 %", "longest", "bad rows")
+    console.table("prompts", heads, [[r["name"], *(r[n] for n in names), sum(r["bad_rows"].values())] for r in results])
     write_json(json_path, results)
 
 
@@ -143,10 +144,15 @@ def filter_rollouts(
     What it writes is a source for kind: sft, with data.response=response. Repetitive is a response that ends in a
     phrase repeated three times or more, or whose words lie in repeated phrases to more than --max-repeated.
     """
-    from opd_jax.tracking.console import console
-
     check_writable("--json", json_path)
     check_writable("--out", out)
+    write_json(json_path, filter_file(rollouts, out, keep_wrong, max_repeated, skip_bad))
+
+
+def filter_file(rollouts: str, out: Path, keep_wrong: bool, max_repeated: float, skip_bad: bool) -> Row:
+    """As the command; returns how many responses there were, how many were kept, and why the others were not."""
+    from opd_jax.tracking.console import console
+
     bad: Counter[str] = Counter()
     counts: Counter[str] = Counter(dict.fromkeys(("kept", "empty", "truncated", "repetitive", "wrong"), 0))
     with _lines(out) as write:
@@ -158,7 +164,7 @@ def filter_rollouts(
     columns = [name for name in result if name not in ("rollouts", "out")]
     console.table(f"{rollouts} → {out}", columns, [[result[name] for name in columns]])
     _warn_of(bad)
-    write_json(json_path, result | {"bad_rows": dict(bad)})
+    return result | {"bad_rows": dict(bad)}
 
 
 def _section(spec: str, skip_bad: bool) -> tuple[Data, str | None]:
@@ -230,11 +236,10 @@ def _shown(data: Data, tokenizer: Any, prompts: int) -> Row:
         "rows": len(records),
         "dropped": 0 if cut else too_long,
         "truncated": too_long if cut else 0,
-        "tokens, median": float(np.median(lengths)),
-        "95 %": float(np.percentile(lengths, 95)),
-        "longest": int(lengths.max()),
-        "bad rows": bad.total(),
-        "bad_rows_by_kind": dict(bad),
+        "tokens_median": float(np.median(lengths)),
+        "tokens_95": float(np.percentile(lengths, 95)),
+        "tokens_longest": int(lengths.max()),
+        "bad_rows": dict(bad),
         "with_escape": escaped,
         "with_instruction": instructed,
         "prompts": [

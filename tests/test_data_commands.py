@@ -74,7 +74,7 @@ def test_show_writes_the_tokens_of_the_first_prompts(tmp_path: Path, model: Path
     assert result["prompts"][0]["tokens"] == ids_of("<user> what is 1 ? <eos> <bot>")
     # longer by two tokens each, of which max_prompt=8 takes the first alone
     assert (result["rows"], result["dropped"], result["truncated"], len(result["prompts"])) == (5, 4, 0, 1)
-    assert (result["tokens, median"], result["95 %"], result["longest"]) == (11, 14.6, 15)
+    assert (result["tokens_median"], result["tokens_95"], result["tokens_longest"]) == (11, 14.6, 15)
     opd("show", f"{source} max_prompt=8 overlong=truncate", "--model", model, "-n", 2, "--json", tmp_path / "r.json")
     [result] = json.loads((tmp_path / "r.json").read_text())
     assert (result["dropped"], result["truncated"]) == (0, 4)
@@ -228,6 +228,6 @@ def test_bad_rows_are_counted_if_asked(tmp_path: Path, model: Path, opd: Any) ->
         assert code == 0
         assert "1 malformed JSON" in err or command[0] == "show"
         result = json.loads((tmp_path / "r.json").read_text())
-        bad = result[0]["bad_rows_by_kind"] if command[0] == "show" else result["bad_rows"]
-        assert bad == {"malformed JSON": 1, "empty problem": 1}
+        [result] = result if command[0] == "show" else [result]
+        assert result["bad_rows"] == {"malformed JSON": 1, "empty problem": 1}
         assert command[0] != "show" or "bad rows" in shown
