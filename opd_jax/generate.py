@@ -136,9 +136,8 @@ def generate_file(
     encoded, records, overlong = encode_prompts(records, tokenizer, data)
     encoded, records = encoded[:problems], records[:problems]
     settings: Row = {"model": str(model), "model_fingerprint": fingerprint(model)}
-    settings |= {f"data.{name}": value for name, value in data.model_dump(mode="json").items()}
-    settings |= {"prompts": len(records), "prompts_sha256": _digest(records, encoded), "samples": samples}
-    settings |= {"max_response": max_response, **law._asdict(), "seed": seed, "dtype": dtype}
+    settings |= {"prompts": len(records), "prompts_sha256": _digest(records, encoded)}
+    settings |= given_settings(data, samples, problems, max_response, law, seed, dtype)
     finished, size = read_finished(out, meta, settings, _finished) if resume else ({}, 0)
     requests = [r for r in all_requests(encoded, samples) if (r.id, r.sample) not in finished]
     sampler = load_sampler(model, tokenizer, jnp.dtype(dtype))
@@ -173,6 +172,15 @@ def generate_file(
     result: Row = {"model": str(model), "source": data.title, "out": str(out), "prompts": len(records)}
     result |= {"dropped_prompts": overlong.dropped, "truncated_prompts": overlong.truncated, "samples": samples}
     return _summary(result, finished, meter)
+
+
+def given_settings(
+    data: Data, samples: int, problems: int | None, max_response: int, law: Law, seed: int, dtype: str
+) -> Row:
+    """Of the settings kept beside the responses those that need no file to be read."""
+    settings: Row = {f"data.{name}": value for name, value in data.model_dump(mode="json").items()}
+    settings |= {"samples": samples, "problems": problems, "max_response": max_response}
+    return settings | {**law._asdict(), "seed": seed, "dtype": dtype}
 
 
 def _summary(result: Row, finished: Finished, meter: Meter) -> Row:
@@ -263,14 +271,8 @@ def check_target(out: Path, meta: Path, resume: bool) -> None:
         raise InputError(f"{out}: exists. Continue it with --resume, or give another file.")
 
 
-def read_finished(
-    out: Path, meta: Path, settings: Row, read: Callable[[Row], tuple[Any, Any]]
-) -> tuple[dict[Any, Any], int]:
-    """What the file holds, by ``read``: line → (key, value); and the bytes up to the end of its last whole line.
-
-    Raises:
-        InputError: ``settings`` differ from those in ``meta``, or a line that ``read`` does not understand.
-    """
+def check_settings(out: Path, meta: Path, settings: Row) -> Row:
+    """What ``meta`` holds; refuses ``settings`` that differ from it."""
     try:
         stored = json.loads(meta.read_text(encoding="utf-8"))
         differing = [
@@ -286,6 +288,18 @@ def read_finished(
             + "\n".join(differing)
             + f"\nResume with those of {meta}, or give another OUT."
         )
+    return stored
+
+
+def read_finished(
+    out: Path, meta: Path, settings: Row, read: Callable[[Row], tuple[Any, Any]]
+) -> tuple[dict[Any, Any], int]:
+    """What the file holds, by ``read``: line → (key, value); and the bytes up to the end of its last whole line.
+
+    Raises:
+        InputError: ``settings`` differ from those in ``meta``, or a line that ``read`` does not understand.
+    """
+    check_settings(out, meta, settings)
     finished, size = {}, 0
     if not out.exists():
         return finished, size

@@ -29,7 +29,7 @@ from opd_jax.tracking.run_dir import read_rows
 from opd_jax.training import setup
 
 OPD = str(Path(sys.executable).with_name("opd"))
-COMMANDS = ("demo", "train", "eval", "compare-results", "generate", "import", "export", "plan", "report")
+COMMANDS = ("demo", "train", "eval", "compare-results", "generate", "import", "export", "plan", "recipe", "report")
 
 
 def tiny_model(path: Path, task: str = "products-5x2", **changes: Any) -> Path:

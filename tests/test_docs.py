@@ -10,7 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 from test_cli import tiny_model
+
+from opd_jax.config import parse_config
+from opd_jax.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -40,3 +44,17 @@ def test_python_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(jax.tree.leaves(changed))
     assert int(names["state"].step) == 1
     assert int(names["state"].skipped) == 0
+
+
+def test_configurations_of_further_forms() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "objectives.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 8
+    for block in map(yaml.safe_load, blocks):
+        if "stages" in block:
+            assert [stage.kind for stage in Recipe.model_validate(block).stages] == [
+                "generate", "filter", "train", "train"]  # fmt: skip
+            continue
+        whole = {"run_dir": "run", "steps": 3, "student": {"path": "s"}, "data": {"source": "a.jsonl"}} | block
+        if "kind" not in block:
+            whole |= {"teacher": block.get("teacher", {"path": "t"})}
+        parse_config(whole)

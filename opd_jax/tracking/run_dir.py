@@ -116,7 +116,7 @@ def open_run(path: epath.PathLike, config_yaml: str, resume: bool) -> RunDir:
         return run
     try:
         if resume:
-            _check_resumable(run, config_yaml)
+            check_resumable(run, config_yaml)
         elif run.root.exists() and any(not p.name.endswith(".tmp") for p in run.root.iterdir()):
             raise InputError(
                 f"{run.root}: the run directory is not empty. Continue that run with --resume, or give another run_dir."
@@ -186,7 +186,8 @@ def describe_environment() -> Row:
     }
 
 
-def _check_resumable(run: RunDir, config_yaml: str) -> None:
+def check_resumable(run: RunDir, config_yaml: str) -> None:
+    """Refuses to resume a run with another configuration; ``_MAY_CHANGE`` may differ, and ``steps`` be raised."""
     if not run.config.exists():
         raise InputError(f"{run.root}: no run to resume (no config.yaml). Start it without --resume, or mend run_dir.")
     stored, given = (_leaves(yaml.safe_load(text)) for text in (run.config.read_text(), config_yaml))
