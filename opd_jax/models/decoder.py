@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from opd_jax.mesh import Axes, Layout, constrain
 from opd_jax.models.attention import attention, causal_mask, linear, product, self_attention, wide
 from opd_jax.models.cache import Cache
+from opd_jax.models.embedding import embed
 from opd_jax.models.rope import RopeScaling, rotate, rotations
 from opd_jax.types import Params
 
@@ -250,7 +251,7 @@ def forward(
         return _layer(c, weights)(x, cos, sin, attend, layout)
 
     cos, sin = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-    x = constrain(params["embed"][tokens].astype(dtype), ACTIVATION, layout)
+    x = constrain(embed(params["embed"], tokens, dtype, layout), ACTIVATION, layout)
     windows = jnp.asarray(c.layer_windows, jnp.int32)
     same = c.layer_windows[0] if len(set(c.layer_windows)) == 1 else None
     x, _ = jax.lax.scan(_saving(block, remat), x, (params["layers"], windows))
