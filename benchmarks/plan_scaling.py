@@ -6,9 +6,6 @@
 Four layers of Qwen3-1.7B learn from four of Qwen3-4B on v5e: fsdp 16, the other chips along data; 16 rollouts and one
 row a pass for each chip, 256 + 1,792 tokens. The layers are scanned, so more of them add compile time and nothing to
 temp but the weights that are gathered and kept.
-
-With ``--fsdp -1`` (over all chips) a shard of the width, 2,048, is narrower than the 128 lanes of a chip from 32 chips
-on, and gathered heads are copied into another memory layout.
 """
 
 from __future__ import annotations
