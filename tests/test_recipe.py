@@ -16,12 +16,13 @@ import tiny_runs
 import yaml
 from test_cli import models, opd  # noqa: F401 (fixtures)
 
-from opd_jax.config import dump_config
+from opd_jax.config import dump_config, load_yaml
 from opd_jax.data.sources import load_records
-from opd_jax.errors import Interrupted
+from opd_jax.errors import InputError, Interrupted
 from opd_jax.models.hf import load_model
-from opd_jax.recipe import load_recipe, run_recipe
+from opd_jax.recipe import Recipe, load_recipe, run_recipe
 
+ROOT = Path(__file__).parents[1]
 STEPS = 4
 OUTS = ("out/rollouts.jsonl", "out/kept.jsonl", "out/sft/model", "out/opd/model")
 
@@ -320,3 +321,18 @@ def test_a_file_that_no_recipe_made_is_not_overwritten(begun: Path, opd: Any, mo
     code, _, err = opd("recipe", "recipe.yaml", "--resume")
     assert code == 2
     assert "out/kept.jsonl: exists, and no recipe made it" in err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_load(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the files are there that no stage makes."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="which is not there, nor made by a stage before"):
+        load_recipe(path)
+    sections = [stage.section for stage in load_yaml(path, Recipe).stages]
+    for file in {file for section in sections for file in section.reads()} - {section.out for section in sections}:
+        Path(file).mkdir(parents=True)
+    assert [stage.kind for stage in load_recipe(path).stages] == ["generate", "filter", "train", "train"]
+    head = path.read_text().partition("\nstages:")[0]
+    assert "Hardware:" in head
+    assert f"opd recipe configs/recipes/{path.name}" in head
