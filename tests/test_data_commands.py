@@ -164,7 +164,7 @@ def test_loops() -> None:
     walk = "one two three four five six seven eight nine ten"
     assert ends_in_a_loop("Well. " + f"{walk}, " * 3)
     assert ends_in_a_loop("Well. " + f"{walk}, " * 3 + "one two three")  # the last round is cut short
-    assert not ends_in_a_loop("Well. " + f"{walk}, " * 2 + "one two")
+    assert not ends_in_a_loop("Well, let us see how far we come by this. " + f"{walk}, " * 2 + "one two")
     assert not ends_in_a_loop(f"{walk}, " * 30 + "that is all")
     assert not ends_in_a_loop("the matrix 0 0 0 0 0 0 0 0")
     assert ends_in_a_loop("0 " * 100)

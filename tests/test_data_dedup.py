@@ -37,6 +37,8 @@ def reasons(found: list[Duplicate]) -> dict[int, tuple[str, str]]:
         (r"$x \le 1{,}000$", r"$x\leq1000$"),
         (r"$n^{\text{th}}$ root", "n^th root"),
         ("−1 apples", "-1 apples."),
+        ("$a_{1}$", "$a_1$ "),
+        ("a_1", "a1"),
         ("ｘ ＋ 1", "x + 1"),
         *((render("What is $2+2$?", template), "What is $2+2$?") for template in INSTRUCTIONS),
         (r"2+2? Please reason step by step,   and put your final answer within \boxed{{}}.", "2+2?"),
