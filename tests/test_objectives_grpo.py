@@ -49,7 +49,7 @@ def test_advantages(scale: Any) -> None:
     groups = [
         [1.0, 0.0, 0.0, 1.0],
         [0.3, -2.0, 5.0, 0.3],
-        [0.1 + 0.2] * 4,  # their float64 mean is another number
+        [0.1, NAN, 0.1, 0.1],  # the float64 mean is another number
         [1e8, 1e8 + 1, 1e8, 1e8],
         [NAN, 1.0, 0.0, 0.0],  # three are left
         [NAN, 1.0, NAN, 1.0],
