@@ -29,8 +29,8 @@ from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import Console
 from opd_jax.tracking.run_dir import cpu_model, open_run
 from opd_jax.tracking.writers import MetricWriter
-from opd_jax.training.stages import rollout_step
 from opd_jax.training.setup import prepare
+from opd_jax.training.stages import rollout_step
 
 WARM_UP = 5
 Row = dict[str, Any]

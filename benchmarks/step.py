@@ -32,8 +32,8 @@ from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import Console
 from opd_jax.tracking.run_dir import cpu_model
-from opd_jax.training.stages import rollout_step
 from opd_jax.training.setup import prepare
+from opd_jax.training.stages import rollout_step
 
 VOCAB, BATCH, PROMPT, LENGTH = 32_000, 8, 32, 64
 LLAMA = DecoderConfig(
