@@ -14,7 +14,7 @@ test: .venv/installed-dev
 
 # The same numbers from other systems, live (transformers' models and their GGUF loading), and every combination.
 oracle: .venv/installed-torch
-	$(BIN)/pytest -n auto --dist loadfile -m "torch or smollm2 or exhaustive"
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "torch or smollm2 or exhaustive"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
