@@ -4,17 +4,21 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint types oracle clean
+.PHONY: demo test lint types oracle long clean
 
 demo: .venv/installed
 	$(BIN)/opd demo
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n auto --dist loadfile -m "not torch and not gpu and not smollm2 and not exhaustive"
+	$(BIN)/pytest -n auto --dist loadfile -m "not torch and not gpu and not smollm2 and not exhaustive and not long"
 
 # The same numbers from other systems, live (transformers' models and their GGUF loading), and every combination.
 oracle: .venv/installed-torch
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "torch or smollm2 or exhaustive"
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "(torch or smollm2 or exhaustive) and not long"
+
+# What CI has no time for, about a quarter of an hour.
+long: .venv/installed-dev
+	$(BIN)/pytest -n auto --dist worksteal -m long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

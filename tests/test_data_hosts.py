@@ -24,7 +24,7 @@ def mixed(root: Path, name: str) -> Config:  # noqa: F811
     return config_of(root, name, data={"mix": parts, "chat": False, "max_prompt": 8})
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_mixture_goes_on_after_a_kill_of_one_of_two_processes(root: Path) -> None:  # noqa: F811
     one = mixed(root, "mixed-one")
     train(one)

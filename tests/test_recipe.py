@@ -151,7 +151,7 @@ KILLS: dict[str, tuple[int, Callable[[], None]]] = {
 
 @pytest.mark.parametrize(
     "kill",
-    [pytest.param(name, marks=[] if name == "in OPD" else [pytest.mark.exhaustive]) for name in KILLS],
+    [pytest.param(name, marks=[] if name == "in OPD" else [pytest.mark.long]) for name in KILLS],
 )
 def test_a_kill_repeats_nothing_that_is_done(begun: Path, whole: Path, kill: str) -> None:
     done, leave = KILLS[kill]
@@ -184,7 +184,7 @@ class Later(threading.Event):
         return self.calls < 0
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_stopped_again_and_again(whole: Path, networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at every third occasion; the student is the same bit by bit, each step was made once."""
     monkeypatch.chdir(tmp_path)
@@ -203,7 +203,7 @@ def test_stopped_again_and_again(whole: Path, networks: Path, tmp_path: Path, mo
         assert [row["step"] for row in lines(Path("out") / run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_more_steps_for_the_last_stage(begun: Path, networks: Path) -> None:
     settings = tree(networks)
     settings["stages"][3]["train"]["steps"] = 6

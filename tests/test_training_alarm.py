@@ -145,7 +145,7 @@ def alarms(config: Config) -> list[tuple[int, str]]:
     return [(row["step"], row["alarm"]) for row in rows if row.get("alarm")]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_healthy_runs_raise_nothing(learners: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five seeds, all of which learn."""
     prepare = loop.prepare
@@ -164,7 +164,7 @@ def test_healthy_runs_raise_nothing(learners: Path, monkeypatch: pytest.MonkeyPa
         assert np.mean(kls[-5:]) < 0.85 * np.mean(kls[:5])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [1000.0, -20.0], ids=["rate", "sign"])
 def test_a_real_collapse_is_seen_within_ten_steps(
     learners: Path, monkeypatch: pytest.MonkeyPatch, factor: float

@@ -140,7 +140,7 @@ def targets_setup(models: Path, case: str, sizes: tuple[int, int, int], pack: bo
     [
         ("all", (1, 1, 1), True),
         *(
-            pytest.param(case, sizes, pack, marks=pytest.mark.exhaustive)
+            pytest.param(case, sizes, pack, marks=pytest.mark.long)
             for case in CASES
             for sizes, pack in (((1, 1, 1), True), ((1, 1, 1), False), ((2, 2, 2), True))
             if (case, sizes, pack) != ("all", (1, 1, 1), True)
@@ -488,7 +488,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "write_report", lambda *_: None)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     models: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, no_report: None
