@@ -127,7 +127,8 @@ def test_sequences_stay_with_the_process_that_sampled_them(separate: bool, monke
 
     parts = []
     for mine in ([True, True, False, False], [False, False, True, True], [True] * 4):
-        monkeypatch.setattr(packing, "_owners", lambda _, mine=mine: (owners, np.array(mine)))
+        monkeypatch.setattr(packing, "_owners", lambda _: owners)
+        monkeypatch.setattr(packing, "own_rows", lambda *_, mine=mine: np.array(mine))
         parts.append(pack(ragged(), separate=separate))
     one, two, whole = parts
     assert not one.segments[8:].any()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_runs import STUDENT, VOCAB, distance
+from tiny_runs import STUDENT, TEACHER, VOCAB, distance
 
 from opd_jax.config import Config, Length, Objective, parse_config
 from opd_jax.errors import Failed
@@ -120,16 +120,16 @@ def test_positions_weigh_as_they_should() -> None:
 def with_nan_teacher(steps: set[int], config: Config) -> Any:
     """``prepare`` of a run whose teacher says NaN at some steps."""
     setup = real_prepare(config)
-    score: Any = setup.graphs.score
+    teaching: Any = setup.teaching
     calls = 0
 
     def broken(params: Any, rows: Any) -> Any:
         nonlocal calls
         calls += 1
-        scores = score(params, rows)
+        scores = teaching.score(TEACHER)(params, rows)
         return scores.replace(hidden=scores.hidden * np.nan) if calls in steps else scores
 
-    return dataclasses.replace(setup, graphs=dataclasses.replace(setup.graphs, score=broken))
+    return dataclasses.replace(setup, teaching=dataclasses.replace(teaching, score=lambda _: broken))
 
 
 real_prepare = loop.prepare
