@@ -14,7 +14,7 @@ test: .venv/installed-dev
 
 # The same numbers from other systems, live (transformers' models and their GGUF loading), and every combination.
 oracle: .venv/installed-torch
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "(torch or smollm2 or exhaustive) and not long"
+	$(BIN)/pytest -n auto --dist loadfile --durations 20 -m "(torch or smollm2 or exhaustive) and not long"
 
 # What CI has no time for, about a quarter of an hour.
 long: .venv/installed-dev

@@ -192,7 +192,7 @@ def test_what_cannot_be_pushed_is_refused_first(models: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_two_processes_export_what_one_does(tmp_path: Path) -> None:
     """Weights sharded over the processes: gathered by all, written by the first."""
     root = tiny_runs.write_models(tmp_path)

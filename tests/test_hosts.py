@@ -212,9 +212,16 @@ def one_evaluated(root: Path) -> Path:
     return root / "one_evaluated"
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("processes", "sizes"), [(2, (8, 1, 1)), (2, (2, 2, 2)), (2, (1, 8, 1)), (4, (2, 1, 4)), (2, (1, 1, 8))], ids=str
+    ("processes", "sizes"),
+    [
+        pytest.param(2, (2, 2, 2), marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((2, (8, 1, 1)), (2, (1, 8, 1)), (4, (2, 1, 4)), (2, (1, 1, 8)))
+        ),
+    ],
+    ids=str,
 )
 def test_evaluations_and_other_meshes(
     root: Path, one_evaluated: Path, processes: int, sizes: tuple[int, int, int]
@@ -232,8 +239,9 @@ def test_evaluations_and_other_meshes(
         assert read[i] == tokens[i] == own
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    "lost", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.exhaustive)]
+)
 def test_a_lost_process_ends_the_others_and_the_restart_is_exact(root: Path, two: tuple[Path, str], lost: int) -> None:
     config = config_of(root, f"lost{lost}")
     run, begun = Path(config.run_dir), time.monotonic()

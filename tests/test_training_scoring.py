@@ -530,7 +530,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 root = test_hosts.root
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_two_processes_of_grpo_give_the_numbers_of_one(root: Path, no_report: None) -> None:
     def config(name: str) -> Config:
         common: dict[str, Any] = {"optimizer": {"lr": 3e-4}, "checkpoint": {"every": 2}, "mesh": test_hosts.MESH}
