@@ -30,7 +30,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/opd-jax/ja
 import jax
 
 from opd_jax.checkpoints.export import export_run
-from opd_jax.config import Config, parse_config, parse_data
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config, parse_data
 from opd_jax.data.tasks import make_task, write_task_tokenizer
 from opd_jax.evaluation.scores import gap_recovery
 from opd_jax.generate import generate_file

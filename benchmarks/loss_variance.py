@@ -24,7 +24,8 @@ import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
 
-from opd_jax.config import Objective, parse_data
+from opd_jax.config import Objective
+from opd_jax.config_files import parse_data
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
 from opd_jax.data.tokenizers import load_tokenizer, stop_ids, valid_vocab_size

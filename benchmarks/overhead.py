@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from opd_jax.config import dump_config, parse_config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.demo import TASK, distillation_config
 from opd_jax.models.decoder import DecoderConfig, init_params

@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import matplotlib
 
-from opd_jax.config import parse_config
+from opd_jax.config_files import parse_config
 from opd_jax.mesh import make_mesh
 from opd_jax.models.published import decoder_of
 from opd_jax.plan.compiling import compile_line

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from opd_jax.config import load_config
+from opd_jax.config_files import load_config
 from opd_jax.plan import plan_run
 from opd_jax.plan.topology import GIB
 from opd_jax.tracking.console import console

@@ -32,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 
-from opd_jax.config import load_config
+from opd_jax.config_files import load_config
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model

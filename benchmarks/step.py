@@ -27,7 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_jax.config import parse_config
+from opd_jax.config_files import parse_config
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model
 from opd_jax.tracking.console import Console

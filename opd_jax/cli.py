@@ -82,7 +82,7 @@ def train(
     under SLURM or Open MPI, run it on every host: the processes find each other. Elsewhere say who they are by
     --coordinator, --processes, --process-id, or OPD_COORDINATOR, OPD_PROCESSES, OPD_PROCESS_ID.
     """
-    from opd_jax.config import load_config
+    from opd_jax.config_files import load_config
 
     check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
@@ -205,7 +205,7 @@ def generate(
     Each response is written when it is finished. Ctrl-C or SIGTERM stops with exit code 3; after that, or any kill,
     --resume makes the responses that are missing.
     """
-    from opd_jax.config import parse_data
+    from opd_jax.config_files import parse_data
     from opd_jax.generate import generate_file
     from opd_jax.sampling.law import Law
 
@@ -309,7 +309,7 @@ def plan(
     json_path: JsonPath = None,
 ) -> None:
     """Says whether a run fits a pod, by compiling it for one; what bounds it; and what would fit. Loads nothing."""
-    from opd_jax.config import load_config
+    from opd_jax.config_files import load_config
 
     check_writable("--json", json_path)
     settings = load_config(config, overrides or [])

@@ -1,19 +1,13 @@
-"""Typed, frozen configuration: YAML plus ``key=value`` overrides. Every leaf has a reason to be here."""
+"""Typed, frozen configuration. Every leaf has a reason to be here; ``config_files`` reads and writes it."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import pydantic
-import yaml
 from pydantic import Field, field_validator, model_validator
-
-from opd_jax.errors import InputError
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31 - 1)]  # steps are counted in int32
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31 - 1)]
@@ -326,7 +320,7 @@ class Config(Strict):
                 f"reward with rollout.samples={self.rollout.samples}: a response is compared with the others of its "
                 "prompt; set rollout.samples to 2 or more"
             )
-        self._check_teachers()
+        _check_teachers(self)
         policy_gradient = self.objective.name == "sampled" or self.reward
         if self.kind != "sft" and self.objective.correction != "none" and not policy_gradient:
             raise ValueError(
@@ -379,66 +373,6 @@ class Config(Strict):
             )
         return self
 
-    def _check_teachers(self) -> None:
-        if self.teacher is None:
-            for name, there in {
-                "more_teachers": self.more_teachers,
-                "off_policy": self.off_policy and self.kind != "sft",
-                "objective.scale": self.objective.scale != 1,
-            }.items():
-                if there:
-                    raise ValueError(f"{name} needs a teacher; set teacher.path, or remove it")
-            return
-        further = self.more_teachers or self.objective.scale != 1 or self.teacher != Teacher(path=self.teacher.path)
-        if self.kind == "sft" and further:
-            raise ValueError(
-                "kind=sft only compares with a teacher: it takes teacher.path alone; remove the other settings of "
-                "teacher, more_teachers and objective.scale"
-            )
-        named = [source for t in (self.teacher, *self.more_teachers) for source in t.sources]
-        for source in named:
-            if source not in (self.data.mix or {}):
-                known = ", ".join(self.data.mix or ()) or "none: data has no mix"
-                raise ValueError(f"teacher.sources: '{source}' is no name of data.mix ({known})")
-            if named.count(source) > 1:
-                raise ValueError(f"teacher.sources: '{source}' has two teachers; leave it to one")
-        for t in self.more_teachers:
-            if not t.sources:
-                raise ValueError(f"more_teachers: {t.path} needs sources, the names of data.mix that it teaches")
-            if t.decay is not None or t.cache is not None:
-                raise ValueError("more_teachers: decay and cache are for teacher alone; remove them there")
-        if self.teacher.sources and not (set(self.data.mix or ()) <= set(named)):
-            raise ValueError(
-                f"teacher.sources: nobody teaches {', '.join(sorted(set(self.data.mix or ()) - set(named)))}; leave "
-                "teacher.sources empty to have it teach what no other teacher names"
-            )
-        alone = not (self.more_teachers or self.objective.scale != 1 or self.teacher.context)
-        if self.teacher.cache and (self.teacher.decay is not None or not self.off_policy or not alone):
-            raise ValueError(
-                "teacher.cache keeps a fixed teacher's scores of off_policy responses; it takes neither decay, "
-                "more_teachers, context nor objective.scale, and needs off_policy"
-            )
-        if self.off_policy is None:
-            return
-        if self.kind != "opd" or self.reward or self.objective.name not in ("full", "topk"):
-            raise ValueError(
-                f"off_policy with kind={self.kind}, objective.name={self.objective.name}"
-                f"{' and a reward' if self.reward else ''}: responses of a corpus have no sampling policy; set "
-                "kind=opd, objective.name=full or topk, and no reward"
-            )
-        if self.more_teachers or self.teacher.context:
-            raise ValueError("off_policy: takes one teacher without context; remove more_teachers and teacher.context")
-        exact = self.rollout.prompts * (1 - self.off_policy.fraction)
-        if abs(exact - round(exact)) > 1e-6:
-            raise ValueError(
-                f"off_policy.fraction={self.off_policy.fraction} of rollout.prompts={self.rollout.prompts} is no whole "
-                "number of prompts; change one of them"
-            )
-        if (self.off_policy.data or self.data).response is None:
-            raise ValueError(
-                "off_policy needs a column with responses; set off_policy.data.response (or data.response)"
-            )
-
     def _uncorrected(self) -> bool:
         policy_gradient = self.objective.name == "sampled" or self.reward is not None
         return policy_gradient and self.objective.correction == "none"
@@ -454,143 +388,60 @@ class Config(Strict):
         return self.rollout.prompts * self.rollout.samples // self.updates
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML file and applies ``key.path=value`` overrides (values are YAML).
-
-    Raises:
-        InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, contradiction.
-    """
-    return load_yaml(path, Config, overrides)
-
-
-def load_yaml(path: str | Path, model: type[_M], overrides: list[str] | tuple[str, ...] = ()) -> _M:
-    """Reads a YAML file that holds one ``model``; as ``load_config``."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot read the configuration ({e}). Give the path of a YAML file.") from e
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    for item in overrides:
-        _override(tree, item)
-    return _validated(model, tree, str(path))
-
-
-def parse_data(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Data:
-    """A data section from the command line: the source and ``data.key=value`` settings (``data.`` may be left out).
-
-    Raises:
-        InputError: unknown key or wrong type.
-    """
-    tree: dict[str, Any] = {"source": source}
-    for item in overrides:
-        _override(tree, item.removeprefix("data."))
-    return _validated(Data, tree, "data")
-
-
-def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:
-    """Validates a plain dict; all errors are reported together, each with the path of its leaf."""
-    return _validated(Config, tree, where)
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-
-
-def _validated(model: type[_M], tree: dict[str, Any], where: str) -> _M:
-    try:
-        return model.model_validate(tree)
-    except pydantic.ValidationError as e:
-        lines = [f"{where}: {e.error_count()} problem(s)"] + [_explain(err, model) for err in e.errors()]
-        raise InputError("\n".join(lines)) from e
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2: 1e-6 is a float and ``off`` a text, as ``alarm: off`` needs (YAML 1.1: a text, a boolean).
-
-    A key that stands twice is refused.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's)
-        first: [(tag, pattern) for tag, pattern in found if tag != _BOOL or first in "tTfF"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for twice in {k for k in keys if keys.count(k) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what ``_Loader`` would read as a number."""
-
-
-_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except Exception as e:  # a malformed date, number or tag raises what its constructor raises; deep nesting recurses
-        raise InputError(f"{where}: not valid YAML: {str(e) or type(e).__name__}") from e
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    key, sep, value = item.partition("=")
-    if not sep or not key:
-        raise InputError(f"override '{item}': expected key=value, for example optimizer.lr=1e-5")
-    *parents, leaf = key.split(".")
-    node = tree
-    for name in parents:
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise InputError(f"override '{item}': '{name}' is a value, not a section")
-        node = child
-    node[leaf] = _parse_yaml(value, f"override '{item}' (quote text that starts with a bracket or holds a colon)")
-
-
-def _explain(err: Any, root: type[Strict]) -> str:
-    path = ".".join(str(p) for p in err["loc"]) or "(top level)"
-    if err["type"] == "extra_forbidden":
-        *parents, name = err["loc"]
-        fields = _fields_at(root, parents)
-        near = difflib.get_close_matches(str(name), fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(sorted(fields))}"
-        return f"  {path}: unknown key{hint}"
-    if err["type"] == "missing":
-        return f"  {path}: required, but not given"
-    if err["type"] == "model_type":
-        return f"  {path}: expected a section of settings, found {_shown(err['input'])}"
-    message = err["msg"].removeprefix("Value error, ")
-    found = "" if err["type"] == "value_error" else f" (found {_shown(err['input'])})"
-    return f"  {path}: {message}{found}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"
-
-
-def _fields_at(model: Any, path: list[Any]) -> list[str]:
-    for name in path:
-        if name in model.model_fields:  # else the key of a mapping, as the name of a part of data.mix
-            inner = _types_in(model.model_fields[name].annotation)
-            model = next((t for t in inner if hasattr(t, "model_fields")), model)
-    return list(model.model_fields)
-
-
-def _types_in(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _types_in(inner)
+def _check_teachers(run: Config) -> None:
+    if run.teacher is None:
+        for name, there in {
+            "more_teachers": run.more_teachers,
+            "off_policy": run.off_policy and run.kind != "sft",
+            "objective.scale": run.objective.scale != 1,
+        }.items():
+            if there:
+                raise ValueError(f"{name} needs a teacher; set teacher.path, or remove it")
+        return
+    further = run.more_teachers or run.objective.scale != 1 or run.teacher != Teacher(path=run.teacher.path)
+    if run.kind == "sft" and further:
+        raise ValueError(
+            "kind=sft only compares with a teacher: it takes teacher.path alone; remove the other settings of "
+            "teacher, more_teachers and objective.scale"
+        )
+    named = [source for t in (run.teacher, *run.more_teachers) for source in t.sources]
+    for source in named:
+        if source not in (run.data.mix or {}):
+            known = ", ".join(run.data.mix or ()) or "none: data has no mix"
+            raise ValueError(f"teacher.sources: '{source}' is no name of data.mix ({known})")
+        if named.count(source) > 1:
+            raise ValueError(f"teacher.sources: '{source}' has two teachers; leave it to one")
+    for t in run.more_teachers:
+        if not t.sources:
+            raise ValueError(f"more_teachers: {t.path} needs sources, the names of data.mix that it teaches")
+        if t.decay is not None or t.cache is not None:
+            raise ValueError("more_teachers: decay and cache are for teacher alone; remove them there")
+    if run.teacher.sources and not (set(run.data.mix or ()) <= set(named)):
+        raise ValueError(
+            f"teacher.sources: nobody teaches {', '.join(sorted(set(run.data.mix or ()) - set(named)))}; leave "
+            "teacher.sources empty to have it teach what no other teacher names"
+        )
+    alone = not (run.more_teachers or run.objective.scale != 1 or run.teacher.context)
+    if run.teacher.cache and (run.teacher.decay is not None or not run.off_policy or not alone):
+        raise ValueError(
+            "teacher.cache keeps a fixed teacher's scores of off_policy responses; it takes neither decay, "
+            "more_teachers, context nor objective.scale, and needs off_policy"
+        )
+    if run.off_policy is None:
+        return
+    if run.kind != "opd" or run.reward or run.objective.name not in ("full", "topk"):
+        raise ValueError(
+            f"off_policy with kind={run.kind}, objective.name={run.objective.name}"
+            f"{' and a reward' if run.reward else ''}: responses of a corpus have no sampling policy; set "
+            "kind=opd, objective.name=full or topk, and no reward"
+        )
+    if run.more_teachers or run.teacher.context:
+        raise ValueError("off_policy: takes one teacher without context; remove more_teachers and teacher.context")
+    exact = run.rollout.prompts * (1 - run.off_policy.fraction)
+    if abs(exact - round(exact)) > 1e-6:
+        raise ValueError(
+            f"off_policy.fraction={run.off_policy.fraction} of rollout.prompts={run.rollout.prompts} is no whole "
+            "number of prompts; change one of them"
+        )
+    if (run.off_policy.data or run.data).response is None:
+        raise ValueError("off_policy needs a column with responses; set off_policy.data.response (or data.response)")

@@ -169,7 +169,7 @@ def filter_file(rollouts: str, out: Path, keep_wrong: bool, max_repeated: float,
 
 def _section(spec: str, skip_bad: bool) -> tuple[Data, str | None]:
     """The data section that an argument describes, and the model whose prompts they are where it says so."""
-    from opd_jax.config import load_config, parse_data
+    from opd_jax.config_files import load_config, parse_data
     from opd_jax.errors import InputError
 
     try:

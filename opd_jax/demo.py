@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from opd_jax.checkpoints.export import export_run
-from opd_jax.config import Config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.errors import InputError
 from opd_jax.evaluation.scores import gap_recovery

@@ -37,4 +37,10 @@ def make_score(
         return over_passes(score, nothing, rows, micro_batch=micro_batch, layout=layout)
 
     # the head joins outside: a jitted function that returns an argument returns a copy of it
-    return lambda params, rows: Scores(hidden=hidden(params, rows), head=head(params))
+    return lambda params, rows: Scores(hidden=hidden(params, read_only(rows)), head=head(params))
+
+
+def read_only(rows: Sequences) -> Sequences:
+    """Rows without what only the student's loss reads: nothing of that is moved or compiled for a teacher."""
+    bare: dict[str, None] = dict.fromkeys(("logp", "topk_ids", "weight", "advantage"))
+    return rows.replace(**bare)  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,7 +21,8 @@ from tiny_runs import STUDENT
 
 from opd_jax.checkpoints.export import export_best, export_run
 from opd_jax.checkpoints.state import Checkpoints
-from opd_jax.config import Config, dump_config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.models.hf import load_model
 from opd_jax.tracking.run_dir import open_run, read_rows

@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from opd_jax.checkpoints.card import base_model
 from opd_jax.checkpoints.export import export_run
 from opd_jax.checkpoints.hub import check_push, push_model
-from opd_jax.config import dump_config, parse_config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.errors import InputError
 from opd_jax.models.decoder import forward, head, unembed

@@ -30,7 +30,8 @@ import tiny_runs
 from opd_jax import hosts
 from opd_jax.checkpoints.export import export_run
 from opd_jax.checkpoints.state import Checkpoints, abstract, best_of, refused_writes
-from opd_jax.config import Config, dump_config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.models.hf import load_model

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from opd_jax.config import Config, Data, Part, Strict, dump_config, load_config, parse_data
+from opd_jax.config import Config, Data, Part, Strict
+from opd_jax.config_files import dump_config, load_config, parse_data
 from opd_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from test_data_templates import CHAT, make_tokenizer
 from test_data_templates import ids as ids_of
 
 from opd_jax.cli import main
-from opd_jax.config import parse_data
+from opd_jax.config_files import parse_data
 from opd_jax.data.filters import ends_in_a_loop, repeated_share
 from opd_jax.data.sources import load_records
 from opd_jax.tracking.console import console

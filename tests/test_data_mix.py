@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax.config import Data, dump_config, load_config
+from opd_jax.config import Data
+from opd_jax.config_files import dump_config, load_config
 from opd_jax.errors import InputError
 
 RUN = """

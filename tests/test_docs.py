@@ -13,7 +13,7 @@ import pytest
 import yaml
 from test_cli import tiny_model
 
-from opd_jax.config import parse_config
+from opd_jax.config_files import parse_config
 from opd_jax.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from opd_jax.config import Data, parse_data
+from opd_jax.config import Data
+from opd_jax.config_files import parse_data
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
 from opd_jax.data.tokenizers import load_tokenizer

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from opd_jax.cli import main
-from opd_jax.config import Config, Reward, parse_config
+from opd_jax.config import Config, Reward
+from opd_jax.config_files import parse_config
 from opd_jax.errors import InputError
 from opd_jax.evaluation import rewards
 from opd_jax.evaluation.rewards import Judge, Judged, length_penalty

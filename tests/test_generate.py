@@ -19,7 +19,7 @@ import tiny_runs
 from test_cli import start
 
 from opd_jax import generate as module
-from opd_jax.config import parse_data
+from opd_jax.config_files import parse_data
 from opd_jax.data.pipeline import encode_examples
 from opd_jax.data.sources import load_records
 from opd_jax.data.tokenizers import load_tokenizer

@@ -20,7 +20,8 @@ import tiny_runs
 from opd_jax import hosts
 from opd_jax.checkpoints.state import Checkpoints, abstract
 from opd_jax.cli import main
-from opd_jax.config import Config, dump_config
+from opd_jax.config import Config
+from opd_jax.config_files import dump_config
 from opd_jax.errors import InputError
 from opd_jax.mesh import Layout
 from opd_jax.sampling import scheduler

@@ -13,7 +13,8 @@ import pytest
 import tiny_runs
 from tiny_runs import STUDENT, TEACHER, VOCAB, distance
 
-from opd_jax.config import Objective, Optimizer, parse_config
+from opd_jax.config import Objective, Optimizer
+from opd_jax.config_files import parse_config
 from opd_jax.errors import InputError
 from opd_jax.evaluation.heldout import make_measure
 from opd_jax.losses import distillation_loss

@@ -16,7 +16,7 @@ import tiny_runs
 import yaml
 from test_cli import models, opd  # noqa: F401 (fixtures)
 
-from opd_jax.config import dump_config, load_yaml
+from opd_jax.config_files import dump_config, load_yaml
 from opd_jax.data.sources import load_records
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.models.hf import load_model

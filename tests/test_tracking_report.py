@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from opd_jax.config import dump_config, parse_config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.tracking import plots, report
 from opd_jax.tracking.report import gap_recovery, write_report

@@ -11,7 +11,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (made by protobuf)
 from tensorboardX.record_writer import masked_crc32c
 
-from opd_jax.config import dump_config, parse_config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.tracking import run_dir, writers
 from opd_jax.tracking.run_dir import RunDir, existing_run, open_run, read_rows, write_atomically

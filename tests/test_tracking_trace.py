@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from opd_jax.config import parse_config
+from opd_jax.config_files import parse_config
 from opd_jax.errors import InputError
 from opd_jax.tracking import trace as tracing
 from opd_jax.tracking.trace import StepTrace

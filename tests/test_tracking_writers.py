@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opd_jax.config import dump_config, parse_config
+from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.tracking.run_dir import RunDir, open_run
 from opd_jax.tracking.writers import MetricWriter, check_wandb

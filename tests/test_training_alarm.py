@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 
 from opd_jax.checkpoints.export import export_run
-from opd_jax.config import Config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.models.decoder import DecoderConfig, init_params
 from opd_jax.models.hf import save_model

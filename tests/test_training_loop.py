@@ -16,7 +16,8 @@ import pytest
 import tiny_runs
 from tiny_runs import STUDENT, TEACHER, VOCAB, distance
 
-from opd_jax.config import Config, Length, Objective, parse_config
+from opd_jax.config import Config, Length, Objective
+from opd_jax.config_files import parse_config
 from opd_jax.errors import Failed
 from opd_jax.losses import distillation_loss
 from opd_jax.models.decoder import head

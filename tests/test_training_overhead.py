@@ -14,7 +14,7 @@ import pytest
 import tiny_runs
 from jax._src.array import ArrayImpl
 
-from opd_jax.config import dump_config
+from opd_jax.config_files import dump_config
 from opd_jax.sampling.decode import bucket
 from opd_jax.tracking.run_dir import RunDir, open_run, read_rows
 from opd_jax.tracking.writers import MetricWriter

@@ -20,7 +20,8 @@ import pytest
 import tiny_runs
 
 from opd_jax.checkpoints.state import Checkpoints, abstract
-from opd_jax.config import Config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config
 from opd_jax.data.tokenizers import load_tokenizer
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.tracking.writers import MetricWriter

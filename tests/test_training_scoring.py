@@ -162,7 +162,7 @@ def test_targets(models: Path, case: str, sizes: tuple[int, int, int], pack: boo
     packed, beside, columns = teaching.pack(rollouts)
     packed = teaching.weigh(rollouts, packed)
     rows = setup.layout.put_rows(packed)
-    scores = teaching.scores(moved, rollouts, beside, columns)
+    scores = teaching.scores(moved, rollouts, rows, beside, columns)
 
     @jax.jit
     def gradient(params: Any, rows: Any, hidden: Any, frozen: Any) -> Any:

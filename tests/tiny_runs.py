@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.config import Config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config
 from opd_jax.data.pipeline import Example
 from opd_jax.data.tasks import write_task_tokenizer
 from opd_jax.models.decoder import DecoderConfig, init_params

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.config import Data, Objective, parse_data
+from opd_jax.config import Data, Objective
+from opd_jax.config_files import parse_data
 from opd_jax.data.pipeline import encode_prompts, stack_prompts
 from opd_jax.data.sources import load_records
 from opd_jax.data.tokenizers import load_tokenizer, stop_ids, valid_vocab_size

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_jax.config import Data, parse_data
+from opd_jax.config import Data
+from opd_jax.config_files import parse_data
 from opd_jax.data.pipeline import Overlong, encode_prompts
 from opd_jax.data.sources import Record, load_records
 from opd_jax.errors import InputError

@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from opd_jax.config import Config, parse_config
+from opd_jax.config import Config
+from opd_jax.config_files import parse_config
 from opd_jax.errors import InputError
 from opd_jax.plan.compiling import Line
 from opd_jax.plan.programs import OF_ROWS, SLOTS_OF, Programs

@@ -14,7 +14,8 @@ from opd_jax import hosts
 from opd_jax.checkpoints.export import export_best
 from opd_jax.checkpoints.hub import check_push, push_model
 from opd_jax.checkpoints.state import Checkpoints, abstract, refused_writes
-from opd_jax.config import Config, dump_config
+from opd_jax.config import Config
+from opd_jax.config_files import dump_config
 from opd_jax.errors import Failed, InputError, Interrupted
 from opd_jax.tracking.console import console
 from opd_jax.tracking.report import write_report

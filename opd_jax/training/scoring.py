@@ -21,6 +21,7 @@ from opd_jax.data.sources import Record
 from opd_jax.mesh import Layout
 from opd_jax.models.decoder import DecoderConfig
 from opd_jax.sampling.packing import pack, pack_beside
+from opd_jax.teacher import read_only
 from opd_jax.training.score_cache import ScoreCache
 from opd_jax.types import Params, Rollouts, Scores, Sequences
 
@@ -61,8 +62,25 @@ class Teaching:
         own = [self.contexts[i] for i in np.asarray(rollouts.prompts.ids).tolist()]
         return pack_beside(rollouts, own, longest_context(self.config), **self.packing)
 
-    def scores(self, moving: Params, rollouts: Rollouts, teacher: Sequences, columns: np.ndarray | None) -> Scores:
-        """What the loss meets: hidden states at the student's columns, and a head."""
+    def scores(
+        self,
+        moving: Params,
+        rollouts: Rollouts,
+        rows: Sequences,
+        teacher: Sequences,
+        columns: np.ndarray | None,
+    ) -> Scores:
+        """What the loss meets: hidden states at the student's columns, and a head.
+
+        Args:
+            rows: the student's, on the mesh; ``teacher`` and ``columns`` as ``pack`` made them, on the host.
+        """
+        only = self.teachers[0]
+        if len(self.teachers) == 1 and not (self.start or self.cache) and columns is None:
+            scores = self.score(only.config)(moving or only.params, rows)
+            # the update donates ``moving``, and reads the head
+            return Scores(scores.hidden, jnp.copy(scores.head)) if moving else scores
+        teacher = read_only(teacher)
         route_M = self._route(rollouts, teacher)
         parts = []
         for i, network in enumerate(self.teachers):
@@ -78,8 +96,7 @@ class Teaching:
             whole = self.score(self.start.config)(self.start.params, self.layout.put_rows(teacher))
             parts = [(scale, scores, mine) for _, scores, mine in parts] + [(1 - scale, whole, route_M >= 0)]
         if len(parts) == 1 and columns is None:
-            scores = parts[0][1]
-            return scores.replace(head=jnp.copy(scores.head)) if moving else scores  # the update donates ``moving``
+            return parts[0][1]
         weights = [self.layout.put_rows(np.where(mine, np.float32(w), np.float32(0))) for w, _, mine in parts]
         moved = None if columns is None else self.layout.put_rows(columns)
         hidden = _side_by_side([scores.hidden for _, scores, _ in parts], weights, moved)

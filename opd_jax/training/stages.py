@@ -47,7 +47,7 @@ def rollout_step(setup: Setup, state: TrainState, step: int) -> StepResult:
             if texts:  # nobody's most probable ids are known there: the loss takes the student's own
                 packed = packed.replace(logp=None, topk_ids=None)  # pyright: ignore[reportAttributeAccessIssue]
             rows = clock("pack", setup.layout.put_rows(packed))
-            scores = clock("score", setup.teaching.scores(state.moving, part, beside, columns))
+            scores = clock("score", setup.teaching.scores(state.moving, part, rows, beside, columns))
             state, measured = clock("update", update(state, rows, scores.hidden, frozen=scores.head))
         else:
             packed = weighted(graphs.pack(part), config, step)
