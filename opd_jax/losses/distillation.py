@@ -19,7 +19,7 @@ from opd_jax.mesh import Layout
 from opd_jax.types import Metrics
 
 # Tokens a chunk, tokens a tile. CPU: a tile's logits stay in cache. TPU: memory. GPU: products large enough for peak.
-_SIZES = {"cpu": (512, 32), "tpu": (512, 256), "gpu": (4096, 1024)}
+_SIZES = {"cpu": (256, 64), "tpu": (512, 256), "gpu": (4096, 1024)}
 
 
 def distillation_loss(

@@ -121,11 +121,10 @@ def _forward(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) -> tup
     """(loss sum, loss of each token, metrics of each token)"""
 
     def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
-        def step(_: None, chunk: Any) -> tuple[None, Any]:
-            return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], _masked(*chunk))
+        def step(_: None, h_NCD: Array, x_NC: Tokens) -> tuple[None, Any]:
+            return None, lax.map(lambda tile: _tile(plan, heads, *tile)[0], (h_NCD, x_NC))
 
-        _, values = lax.scan(step, None, _split(plan, hidden_BTD, x))
-        return jax.tree.map(lambda v: _join(v, x.tokens.shape), values)
+        return _over_chunks(plan, step, None, hidden_BTD, x)[1]
 
     heads = _prepare_heads(plan, hidden_BTD, head_VD, fixed)
     loss_BT, measured_BT = _on_shards(plan, scan, (("batch",), ("batch",)))(hidden_BTD, heads, fixed.tokens)
@@ -138,16 +137,14 @@ def values_and_gradient(
     """What ``_forward`` returns, and the gradient of the loss sum in hidden states and, in float32, head."""
 
     def scan(hidden_BTD: Array, heads: _Heads, x: Tokens) -> Any:
-        def step(dhead_VD: Array, chunk: tuple[Array, Tokens]) -> tuple[Array, Any]:
-            chunk = _masked(*chunk)
-            values, ids, dlogits = lax.map(lambda tile: _tile(plan, heads, *tile, gradient=True), chunk)
-            dhidden, dhead_VD = _apply_gradient(plan, heads, chunk[0], ids, dlogits, dhead_VD)
-            return dhead_VD, (values, dhidden)
+        def step(dhead_VD: Array, h_NCD: Array, x_NC: Tokens) -> tuple[Array, Any]:
+            values, ids, dlogits = lax.map(lambda tile: _tile(plan, heads, *tile, gradient=True), (h_NCD, x_NC))
+            dhidden_NCD, dhead_VD = _apply_gradient(plan, heads, h_NCD, ids, dlogits, dhead_VD)
+            return dhead_VD, (values, dhidden_NCD)
 
         dtype = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
         start = jnp.zeros(heads.student.weight.shape, dtype)
-        dhead_VD, per_token = lax.scan(step, start, _split(plan, hidden_BTD, x))
-        values, dhidden_BTD = jax.tree.map(lambda v: _join(v, x.tokens.shape), per_token)
+        dhead_VD, (values, dhidden_BTD) = _over_chunks(plan, step, start, hidden_BTD, x)
         # The shards' sums meet once, here, not in every step of the scan.
         if plan.vocab_axes:
             dhidden_BTD = lax.psum(dhidden_BTD, plan.vocab_axes)
@@ -360,38 +357,39 @@ def _prepare_heads(plan: Plan, hidden_BTD: Array, head_VD: Array, fixed: Fixed) 
     return _Heads(*map(_Head, weights, biases))
 
 
-def _split(plan: Plan, hidden_BTD: Array, x: Tokens) -> tuple[Array, Tokens]:
-    """[B, T, ...] → [chunk, tile, C, ...], padded with masked tokens."""
-    tokens = x.tokens.size
+def _over_chunks(plan: Plan, step: Any, carry: Any, hidden_BTD: Array, x: Tokens) -> tuple[Any, Any]:
+    """``step(carry, [N, C, ...] hidden states and tokens) → (carry, [N, C, ...])`` over chunks of N tiles of C tokens.
+
+    Only tokens under the mask are gathered: prompts and padding cost nothing, and whatever stands there, NaN and ids
+    out of range included, meets no product. Returns the last carry and what the steps made, [B, T, ...], 0 elsewhere.
+    """
+    shape, tokens = x.tokens.shape, x.tokens.size
     tile = min(plan.tile, tokens)
     # A head gradient on k rows a token is added in place: larger chunks would only gather more rows at once.
     chunks = -(-tokens // (tile if plan.sparse else max(plan.chunk, tile)))
     per_chunk = -(-tokens // (chunks * tile))
-    padding = chunks * per_chunk * tile - tokens
+    size = per_chunk * tile
+    used = jnp.flatnonzero(x.mask, size=chunks * size, fill_value=tokens)
+    flat = jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), (hidden_BTD, x))
 
-    def split(a: Array) -> Array:
-        a = a.reshape(tokens, *a.shape[2:])
-        return jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, per_chunk, tile, *a.shape[1:])
+    def gather(i: Array) -> tuple[Array, Any]:
+        ids = lax.dynamic_slice_in_dim(used, i * size, size)
+        chunk = jax.tree.map(lambda a: a.at[ids].get(mode="fill", fill_value=0), flat)
+        return ids, jax.tree.map(lambda a: a.reshape(per_chunk, tile, *a.shape[1:]), chunk)
 
-    return jax.tree.map(split, (hidden_BTD, x))
+    def body(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        ids, chunk = gather(i)
+        carry, made = step(state[0], *chunk)
+        put = lambda to, a: to.at[ids].set(a.reshape(size, *a.shape[2:]), mode="drop", unique_indices=True)  # noqa: E731
+        return carry, jax.tree.map(put, state[1], made)
 
-
-def _masked(hidden: Array, x: Tokens) -> tuple[Array, Tokens]:
-    """Zeros for whatever stands under the mask, NaN and ids out of range included, before it meets a product.
-
-    Done chunk by chunk: at once it would be a copy of all hidden states.
-    """
-
-    def keep(a: Array) -> Array:
-        return jnp.where(x.mask.reshape(*x.mask.shape, *[1] * (a.ndim - x.mask.ndim)), a, jnp.zeros_like(a))
-
-    return jax.tree.map(keep, (hidden, x))
-
-
-def _join(x: Array, shape: tuple[int, ...]) -> Array:
-    """[chunk, tile, C, ...] → [B, T, ...]: undoes ``_split``."""
-    x = x.reshape(-1, *x.shape[3:])
-    return x[: math.prod(shape)].reshape(*shape, *x.shape[1:])
+    made = jax.eval_shape(lambda: step(carry, *gather(jnp.int32(0))[1])[1])
+    zeros = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape[2:]), a.dtype), made)
+    count = -(-x.mask.sum() // size)
+    if plan.batch_axes:  # all shards take as many steps: sums over the vocabulary meet in each
+        count = lax.pmax(count, plan.batch_axes)
+    carry, made = lax.fori_loop(0, count, body, (carry, zeros))
+    return carry, jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), made)
 
 
 def _fit(layout: Layout | None, shape: tuple[int, ...], axes: Axes) -> Axes:
