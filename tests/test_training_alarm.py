@@ -38,6 +38,7 @@ def healthy(seed: int, steps: int = STEPS) -> list[dict[str, Any]]:
                 "step": step + 1,
                 "overlap_ratio": 0.7 + 0.2 * done + 0.01 * rng.normal(),
                 "truncation_rate": float(np.clip(0.3 - 0.2 * done + 0.04 * rng.normal(), 0, 1)),
+                "response_length": float(300 * np.exp(-1.5 * done + 0.2 * rng.normal())),
                 "gradient_norm": float(np.exp(-1 - 2 * done + 0.4 * rng.normal()) * spike),
                 "student_entropy_by_position": [0.5 - 0.1 * done + 0.05 * x for x in rng.normal(size=8)] + [None, None],
             }
@@ -54,6 +55,8 @@ def collapsing(what: str, seed: int) -> list[dict[str, Any]]:
             row["overlap_ratio"] -= 0.04 * i
         if what == "truncation":
             row["truncation_rate"] = min(1.0, row["truncation_rate"] + 0.1 * i)
+        if what == "length":
+            row["response_length"] = max(1.0, row["response_length"] * 0.7**i)
         row["gradient_norm"] *= 1 + i
     return rows
 
@@ -67,7 +70,12 @@ def test_a_healthy_run_is_left_alone(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("entropy", "late-position entropy"), ("overlap", "overlap with"), ("truncation", "truncated responses")],
+    [
+        ("entropy", "late-position entropy"),
+        ("overlap", "overlap with"),
+        ("truncation", "truncated responses"),
+        ("length", "response length"),
+    ],
 )
 def test_a_collapse_is_seen_within_ten_steps(what: str, name: str, seed: int) -> None:
     rows = collapsing(what, seed)

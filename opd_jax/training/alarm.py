@@ -1,7 +1,8 @@
 """Tells a collapse from noise: what of a run leaves its own running level in the direction in which runs die.
 
 Long responses collapse from their end: entropy there leaves its level, overlap with the teacher falls, responses no
-longer end, the gradient spikes (paper §6.1).
+longer end, the gradient spikes (paper §6.1). Self-distillation from a mean that follows its student too fast dies the
+other way: responses become empty.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ def _value(name: str) -> Callable[[Sequence[Row]], Sequence[float]]:
     return lambda rows: [math.nan if row.get(name) is None else row[name] for row in rows]
 
 
-def _log_norm(rows: Sequence[Row]) -> Sequence[float]:
-    return [math.log(norm) if norm > 0 else math.nan for norm in _value("gradient_norm")(rows)]
+def _log(name: str) -> Callable[[Sequence[Row]], Sequence[float]]:
+    return lambda rows: [math.log(x) if x > 0 else math.nan for x in _value(name)(rows)]
 
 
 SIGNALS = (
     Signal("late-position entropy", _late_entropy, 0, 0.5),
     Signal("overlap with the teacher", _value("overlap_ratio"), -1, 0.1),
     Signal("truncated responses", _value("truncation_rate"), 1, 0.2),
-    Signal(GRADIENT, _log_norm, 1, math.log(4)),
+    Signal("log response length", _log("response_length"), -1, math.log(4)),
+    Signal(GRADIENT, _log("gradient_norm"), 1, math.log(4)),
 )
 
 
