@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax.data.tasks import CONNECTIVES, make_task, write_task_tokenizer
+from opd_jax.data.tasks import CONNECTIVES, make_task, spell, write_task_tokenizer
 from opd_jax.data.tokenizers import load_tokenizer, valid_vocab_size
 from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import verify
@@ -149,7 +149,9 @@ def test_unknown_split_is_refused() -> None:
         make_task("products-13x4", "validation", 1)
 
 
-@pytest.mark.parametrize("name", ["sums-1x2", "sums-4x5", "linear-1", "linear-3", "gcd-1", "gcd-6"])
+@pytest.mark.parametrize(
+    "name", ["sums-1x2", "sums-4x5", "linear-1", "linear-3", "gcd-1", "gcd-6", "spelt-1", "spelt-9"]
+)
 def test_tasks_in_words_are_true_step_by_step(name: str) -> None:
     rows = make_task(name, "train", 200)
     digits = int(name.split("-")[1][0])
@@ -162,6 +164,10 @@ def test_tasks_in_words_are_true_step_by_step(name: str) -> None:
             assert len(terms) == int(name[-1])
         elif name.startswith("gcd"):
             assert math.gcd(*numbers) == answer
+        elif name.startswith("spelt"):
+            numbers = [int(n) for n in row["response"].split(" = ")[0].split(" + ")]
+            assert problem == f"What is {spell(numbers[0])} plus {spell(numbers[1])}?"
+            assert sum(numbers) == answer
         else:
             a, sign, b, c = re.fullmatch(r"Solve (\d+)x ([+-]) (\d+) = (-?\d+) for x\.", problem).groups()  # pyright: ignore[reportOptionalMemberAccess]
             assert int(a) * answer + int(sign + b) == int(c)
@@ -175,6 +181,16 @@ def test_tasks_in_words_are_true_step_by_step(name: str) -> None:
         assert verify(row["response"], row["answer"])
     assert rows == make_task(name, "train", 200)
     assert not {row["problem"] for row in rows} & {row["problem"] for row in make_task(name, "test", 20)}
+
+
+def test_numbers_are_spelt() -> None:
+    spelt = {
+        0: "zero", 10: "ten", 13: "thirteen", 20: "twenty", 45: "forty-five", 100: "one hundred",
+        907: "nine hundred seven", 8_040: "eight thousand forty",
+        119_215: "one hundred nineteen thousand two hundred fifteen", 60_000_012: "sixty million twelve",
+    }  # fmt: skip
+    assert {n: spell(n) for n in spelt} == spelt
+    assert len({spell(n) for n in range(10_000)}) == 10_000
 
 
 def value(text: str) -> float:

@@ -29,7 +29,12 @@ CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".")
 _EXACT_STYLE = 0.5 ** np.arange(1, 9) / (1 - 0.5**8)
 LARGEST = 200  # the table of facts has M³ entries
 _NAME = re.compile(r"products-(\d+)x(\d+)(-shaky)?")
-_IN_WORDS = re.compile(r"(sums)-([1-9])x([2-9])|(linear|gcd)-([1-9])")
+_IN_WORDS = re.compile(r"(sums)-([1-9])x([2-9])|(linear|gcd|spelt)-([1-9])")
+_UNITS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[dict[str, str]]:
@@ -89,6 +94,7 @@ def _in_words(name: str) -> tuple[Draw, tuple[int, ...]] | None:
         "sums": lambda rng: _sum(rng.integers(0, size, count).tolist(), rng.choice([-1, 1], count - 1).tolist()),
         "linear": lambda rng: _linear(*rng.integers([2, 1 - size, 1 - size], size).tolist()),
         "gcd": lambda rng: _gcd(*_pair(rng, size)),
+        "spelt": lambda rng: _spelt(*rng.integers(0, size, 2).tolist()),
     }
     kind = kinds[match[1] or match[4]]
 
@@ -131,12 +137,27 @@ def _gcd(a: int, b: int) -> tuple[str, int, list[str]]:
     return problem, a, steps
 
 
+def _spelt(a: int, b: int) -> tuple[str, int, list[str]]:
+    return f"What is {spell(a)} plus {spell(b)}?", a + b, [f"{a} + {b} = {a + b}"]
+
+
+def spell(n: int) -> str:
+    """0 ≤ n < 10⁹ in English words: 472 is four hundred seventy-two."""
+    for size, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            rest = f" {spell(n % size)}" if n % size else ""
+            return f"{spell(n // size)} {name}{rest}"
+    if n < len(_UNITS):
+        return _UNITS[n]
+    return _TENS[n // 10] + (f"-{_UNITS[n % 10]}" if n % 10 else "")
+
+
 def _modulus_length_shaky(name: str) -> tuple[int, int, bool]:
     match = _NAME.fullmatch(name)
     if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
             f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below {LARGEST}, N ≥ 2, as in "
-            "products-13x4; or sums-DxN, linear-D, gcd-D, with D digits from 1 to 9 and N numbers from 2 to 9"
+            "products-13x4; or sums-DxN, linear-D, gcd-D, spelt-D, with D digits from 1 to 9 and N numbers from 2 to 9"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 
