@@ -31,8 +31,8 @@ LARGEST = 200  # the table of facts has M³ entries
 _NAME = re.compile(r"products-(\d+)x(\d+)(-shaky)?")
 _IN_WORDS = re.compile(r"(sums)-([1-9])x([2-9])|(linear|gcd|spelt)-([1-9])")
 _UNITS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 )  # fmt: skip
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
