@@ -139,9 +139,19 @@ def product_flop(jaxpr: Any) -> float:
                 * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             )
         elif inner:
-            trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += trips * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
+            total += trips(eqn) * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
     return total
+
+
+def trips(eqn: Any) -> float:
+    """How often the body runs; of the loop over chunks, whose bound is traced, when no token is masked."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name != "while":
+        return 1
+    body = eqn.params["body_jaxpr"].jaxpr.eqns
+    [taken] = [e.params["slice_sizes"] for e in body if e.primitive.name == "dynamic_slice"]
+    return BATCH * STEPS / taken[0]
 
 
 if __name__ == "__main__":

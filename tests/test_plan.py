@@ -229,9 +229,9 @@ class Formula:
         cache = 0
         if program.name in OF_ROWS:
             each = self.row if programs.config.remat == "full" else 4 * self.row
-            size = each * programs.micro_batch // programs.shards
+            size = each * programs.micro_batch // programs.shapes.shards
         elif "cache" in program.arguments:
-            slots = programs.slots if "evaluation" not in program.name else programs.evaluation_rows()
+            slots = programs.slots if "evaluation" not in program.name else programs.shapes.evaluation_rows()
             size = cache = self.slot * slots // mesh["fsdp"] // mesh["data"]
         else:
             size = 0
@@ -388,7 +388,7 @@ def test_predicted_peak_is_the_measured_one(tmp_path: Path) -> None:
         return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree)
 
     state, teacher = filled(programs.state), filled(programs.weights)
-    rows = filled(programs._sequences(config.rows))
+    rows = filled(programs.shapes.sequences(config.rows))
     rows = rows.replace(segments=rows.segments + 1, depth=rows.depth)
     scores = programs.graphs.score(teacher, rows)  # pyright: ignore[reportOptionalCall]
     jax.block_until_ready(programs.graphs.update(state, rows, scores.hidden, frozen=scores.head))
@@ -426,6 +426,6 @@ def test_layouts_of_a_plan_are_those_of_a_run(models: Path) -> None:
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding and a.shape == b.shape, real, programs.state.params)
     assert all(jax.tree.leaves(same))
     weights = programs.graphs.engine(STUDENT).cast(real)
-    planned = programs._decode_weights(STUDENT)
+    planned = programs.shapes.decode_weights(STUDENT)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding.shard_shape(a.shape), b.sharding.shard_shape(b.shape)),
                  weights, planned)  # fmt: skip

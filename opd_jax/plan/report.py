@@ -40,7 +40,7 @@ class Plan:
         if "cache" not in line.parts or line.needed:
             return None
         slots = slots_that_fit(line, self.programs.slots, self.topology.usable)
-        return slots // self.programs.shards * self.programs.shards
+        return slots // self.programs.shapes.shards * self.programs.shapes.shards
 
     def estimates(self) -> list[dict[str, Any]]:
         """Time and bound of every stage; without published rates of the chip only the counts."""

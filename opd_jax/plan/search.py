@@ -117,8 +117,12 @@ def _fewer_slots(lines: list[Line], programs: Programs, usable: int) -> dict[str
         key = SLOTS_OF.get(line.name)
         if line.fits or key is None:
             continue
-        now = programs.slots if key == "rollout.slots" else programs.evaluation_rows()
-        slots = min(slots_that_fit(line, now, usable), now - programs.shards) // programs.shards * programs.shards
+        now = programs.slots if key == "rollout.slots" else programs.shapes.evaluation_rows()
+        slots = (
+            min(slots_that_fit(line, now, usable), now - programs.shapes.shards)
+            // programs.shapes.shards
+            * programs.shapes.shards
+        )
         if slots <= 0:
             return None
         settings[key] = min(slots, settings.get(key, slots))
@@ -142,7 +146,7 @@ def _smaller_passes(
     usable: int,
 ) -> dict[str, Any] | None:
     """The largest micro_batch that fits, or the smallest with full remat."""
-    rows, least = config.rows, programs.shards
+    rows, least = config.rows, programs.shapes.shards
     names = [name for name in OF_ROWS if name in lines]
 
     def worst(try_: dict[str, Any]) -> dict[str, Line]:
