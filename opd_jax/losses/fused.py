@@ -370,6 +370,7 @@ def _over_chunks(plan: Plan, step: Any, carry: Any, hidden_BTD: Array, x: Tokens
     per_chunk = -(-tokens // (chunks * tile))
     size = per_chunk * tile
     used = jnp.flatnonzero(x.mask, size=chunks * size, fill_value=tokens)
+    used = jnp.where(used < tokens, used, tokens + jnp.arange(chunks * size))  # none twice, as the writes promise
     flat = jax.tree.map(lambda a: a.reshape(tokens, *a.shape[2:]), (hidden_BTD, x))
 
     def gather(i: Array) -> tuple[Array, Any]:

@@ -118,11 +118,8 @@ def _fewer_slots(lines: list[Line], programs: Programs, usable: int) -> dict[str
         if line.fits or key is None:
             continue
         now = programs.slots if key == "rollout.slots" else programs.shapes.evaluation_rows()
-        slots = (
-            min(slots_that_fit(line, now, usable), now - programs.shapes.shards)
-            // programs.shapes.shards
-            * programs.shapes.shards
-        )
+        shards = programs.shapes.shards
+        slots = min(slots_that_fit(line, now, usable), now - shards) // shards * shards
         if slots <= 0:
             return None
         settings[key] = min(slots, settings.get(key, slots))
