@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
-from opd_jax.tracking import plots, report
+from opd_jax.tracking import plots
 from opd_jax.tracking.report import gap_recovery, write_report
 from opd_jax.tracking.run_dir import open_run
 from opd_jax.tracking.writers import MetricWriter
@@ -256,7 +257,7 @@ def test_figures_are_saved_as_png_and_svg(tmp_path):
 
 
 def test_style_file_is_part_of_the_package():
-    assert (report.resources.files("opd_jax.tracking") / "report.css").is_file()
+    assert (resources.files("opd_jax.tracking") / "report.css").is_file()
 
 
 def test_tokens_are_coloured_by_their_divergence(tmp_path):

@@ -85,6 +85,11 @@ class RunDir:
         return self.root / "profile"
 
     @property
+    def analysis(self) -> epath.Path:
+        """Results of ``opd analyze`` about this run, one JSON file each."""
+        return self.root / "analysis"
+
+    @property
     def report(self) -> epath.Path:
         return self.root / "report.html"
 
