@@ -222,7 +222,7 @@ def _alarms(run: _Run, several: bool) -> str:
 
 def _analyses(run: _Run, several: bool, known: Sections) -> str:
     found = stored(RunDir(epath.Path(run.root)).analysis, known)
-    return "".join(f"<h2>{page.escape(s.title + _of(run, several))}</h2>{body(s)}" for s in found)
+    return "".join(f"<h2>{page.escape(s.title + _of(run, several))}</h2>{body(s, in_report=True)}" for s in found)
 
 
 def _time(run: _Run, several: bool) -> str:

@@ -33,7 +33,7 @@ class Table:
 class Plot:
     alt: str
     draw: Callable[[], Figure]  # as in tracking/plots.py; called only where it is shown
-    wide: bool = False  # over the whole width of a page
+    standalone: bool = False  # left out of a run's report, which draws it already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,13 @@ def write_analysis(section: Section, result: Mapping[str, Any], out: Path | epat
         plots.save(plot.draw(), out / f"{section.name}-{i}.png")
 
 
-def body(section: Section) -> str:
+def body(section: Section, in_report: bool = False) -> str:
     """The section in HTML, without its title."""
     lead = "".join(f"<p>{page.escape(sentence)}</p>" for sentence in section.lead)
     tables = "".join(f"<h3>{page.escape(t.title)}</h3>{page.table(t.columns, t.rows)}" for t in section.tables)
-    drawn = [(page.figure(plot.draw(), plot.alt), plot.wide) for plot in section.plots]
-    small = "".join(figure for figure, wide in drawn if not wide)
-    grid = f'<div class="plots">{small}</div>' if small else ""
-    return lead + tables + grid + "".join(figure for figure, wide in drawn if wide)
+    shown = [plot for plot in section.plots if not (in_report and plot.standalone)]
+    figures = "".join(page.figure(plot.draw(), plot.alt) for plot in shown)
+    return lead + tables + (f'<div class="plots">{figures}</div>' if figures else "")
 
 
 def stored(directory: epath.Path, sections: Sections) -> list[Section]:
