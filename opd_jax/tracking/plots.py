@@ -98,7 +98,7 @@ def position_curves(
         n = max(1, min(average, len(held) // 2))
         groups = [("first", held[:n], "#9DB8CC"), ("last", held[-n:], PALETTE[0])] if len(held) > 1 else []
         for when, group, colour in groups or [("", held, PALETTE[0])]:
-            means = _bin_means([row[name + _SUFFIX] for row in group])
+            means = bin_means([row[name + _SUFFIX] for row in group])
             width = (max_response or len(means)) / len(means)
             x = (np.arange(len(means)) + 0.5) * width
             steps = sorted({group[0]["step"], group[-1]["step"]})
@@ -109,6 +109,49 @@ def position_curves(
         ax.set_ylabel(_axis_text(name, k))
 
     return _panels(names, draw, columns)
+
+
+def heat_map(
+    steps: Sequence[float],
+    positions: Sequence[float],
+    values: Sequence[Sequence[float | None]],
+    label: str,
+    limits: tuple[float, float],
+    title: str = "",
+) -> Figure:
+    """A metric by training step (across) and output position (upwards); grey where there is no value.
+
+    ``steps`` and ``positions``: bounds of the cells; ``values``: a list of the values at all positions for each step.
+    ``limits``: values at the ends of the scale of colours, beyond which colours do not change.
+    """
+    table = np.array([[_number(v) for v in column] for column in values]).T
+
+    def draw(ax: Axes, _: str) -> None:
+        ax.set_facecolor("#d9d9d9")
+        ax.grid(visible=False)
+        # edges in the colour of their faces: renderers of SVG leave hairlines between cells
+        mesh = ax.pcolormesh(
+            steps, positions, table, vmin=limits[0], vmax=limits[1], cmap="viridis", edgecolors="face", linewidth=0.3
+        )
+        low, high = np.nanmin(table) < limits[0], np.nanmax(table) > limits[1]
+        ends: Any = "both" if low and high else "min" if low else "max" if high else "neither"
+        ax.figure.colorbar(mesh, ax=ax, extend=ends).set_label(textwrap.fill(label, 28))
+        ax.set_xlabel("step")
+        ax.set_ylabel("output position (tokens)")
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+    return _panels([label], draw, 1)
+
+
+def bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Mean of each bin over curves by position; NaN where none has a value."""
+    width = max(len(row) for row in rows)
+    table = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = [_number(v) for v in row]
+    count = np.isfinite(table).sum(0)
+    return np.where(count > 0, np.nansum(table, 0) / np.maximum(count, 1), np.nan)
 
 
 def position_names(rows: Sequence[Row]) -> list[str]:
@@ -224,15 +267,6 @@ def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
     n = count[high] - count[low]
     return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
-
-
-def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    width = max(len(row) for row in rows)
-    table = np.full((len(rows), width), np.nan)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = [_number(v) for v in row]
-    count = np.isfinite(table).sum(0)
-    return np.where(count > 0, np.nansum(table, 0) / np.maximum(count, 1), np.nan)
 
 
 def _axis_text(name: str, k: int | None) -> str:

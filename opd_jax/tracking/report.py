@@ -18,7 +18,7 @@ from etils import epath
 from opd_jax.errors import InputError
 from opd_jax.tracking import page, plots
 from opd_jax.tracking.labels import axis_label, format_value, in_order
-from opd_jax.tracking.run_dir import Row, RunDir, existing_run, read_rows, write_atomically
+from opd_jax.tracking.run_dir import Row, RunDir, existing_run, names_of, read_rows, write_atomically
 from opd_jax.tracking.sections import Sections, body, stored
 
 _SAMPLES_SHOWN = 6  # problems with rollouts; the rest is in samples.jsonl
@@ -44,8 +44,8 @@ def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike, analyses
     runs = [runs] if isinstance(runs, RunDir) else list(runs)
     if not runs:
         raise InputError("report: no run given. Name at least one run directory.")
-    loaded = [_load(existing_run(run.root)) for run in runs]
-    _name_apart(loaded)
+    runs = [existing_run(run.root) for run in runs]
+    loaded = [_load(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
     title = " · ".join(run.name for run in loaded)
     parts = [f"<h1>{page.escape(title)}</h1>", _comparison(loaded) if len(loaded) > 1 else ""]
     parts += [_summary(run, several=len(loaded) > 1) for run in loaded]
@@ -77,7 +77,7 @@ def gap_recovery(before: Row, after: Row, teacher: Row) -> tuple[float, float | 
 @dataclasses.dataclass
 class _Run:
     name: str
-    root: str
+    place: RunDir
     config_text: str
     environment: list[Row]
     metrics: list[Row]
@@ -108,17 +108,10 @@ class _Run:
         return gap_recovery(self.student[0], self.student[-1], self.teacher) if len(self.student) > 1 else None
 
 
-def _load(run: RunDir) -> _Run:
+def _load(run: RunDir, name: str) -> _Run:
     rows = (read_rows(path) for path in (run.metrics, run.samples, run.evaluations))
     environment = json.loads(run.environment.read_text()) if run.environment.exists() else []
-    return _Run(run.root.name or str(run.root), str(run.root), run.config.read_text(), environment, *rows)
-
-
-def _name_apart(runs: list[_Run]) -> None:
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = run.root
+    return _Run(name, run, run.config.read_text(), environment, *rows)
 
 
 def _comparison(runs: list[_Run]) -> str:
@@ -221,7 +214,7 @@ def _alarms(run: _Run, several: bool) -> str:
 
 
 def _analyses(run: _Run, several: bool, known: Sections) -> str:
-    found = stored(RunDir(epath.Path(run.root)).analysis, known)
+    found = stored(run.place.analysis, known)
     return "".join(f"<h2>{page.escape(s.title + _of(run, several))}</h2>{body(s, in_report=True)}" for s in found)
 
 
