@@ -76,7 +76,7 @@ def curves(
         ax.set_ylabel(_axis_text(name, k))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return _panels(names, draw, columns)
+    return small_multiples(names, draw, columns)
 
 
 def position_curves(
@@ -108,7 +108,7 @@ def position_curves(
         ax.set_xlabel("output position (tokens)" if max_response else "output position (bin)")
         ax.set_ylabel(_axis_text(name, k))
 
-    return _panels(names, draw, columns)
+    return small_multiples(names, draw, columns)
 
 
 def heat_map(
@@ -141,7 +141,7 @@ def heat_map(
         ax.set_title(title, fontsize=10, loc="left")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return _panels([label], draw, 1)
+    return small_multiples([label], draw, 1)
 
 
 def bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
@@ -180,7 +180,7 @@ def scores(panels: Mapping[tuple[str, str], Mapping[str, Any]], columns: int = 3
         ax.set_xlabel(textwrap.fill(label, 32))
 
     found = {str(i): panel for i, panel in enumerate(panels.items())}
-    return _panels(list(found), draw, columns)
+    return small_multiples(list(found), draw, columns)
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
@@ -205,7 +205,8 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _panels(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
+def small_multiples(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
+    """One panel a name, drawn by ``draw(axes, name)``, in the style of every figure; legends where several are told."""
     columns = max(1, min(columns, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
     with mpl.rc_context(_STYLE):
