@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,18 +13,34 @@ from opd_jax.result_files import JsonPath, check_writable, write_json
 if TYPE_CHECKING:
     from etils import epath
 
+    from opd_jax.analysis.pair import Sampling
     from opd_jax.tracking.sections import Section, Sections
+
+MAX_SEED = 2**30 - 1
 
 analyze_app = typer.Typer(
     no_args_is_help=True, help="Looks into runs, and into what student and teacher say of tokens.", add_completion=False
 )
 
+Problems = Annotated[int | None, typer.Option(min=1, help="the first n problems only; default: all")]
+Samples = Annotated[int, typer.Option(min=1, help="rollouts of each problem")]
+MaxResponse = Annotated[int, typer.Option(min=1, help="tokens; longer rollouts are cut")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="nucleus sampling; 1: off")]
+Slots = Annotated[int, typer.Option(min=1, help="rollouts made, and scored, at the same time, over all devices")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of the random numbers")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and computation")]
+LastNumber = Annotated[
+    bool, typer.Option("--last-number", help="without \\boxed{} or Answer:, read the last number as the answer")
+]
+OutDir = Annotated[Path | None, typer.Option("--out", help="directory for the result as JSON, HTML page and plots")]
+
 
 def known_sections() -> Sections:
     """Kind of a stored result → the function that shows it in a report."""
-    from opd_jax.analysis import dynamics
+    from opd_jax.analysis import dynamics, reward
 
-    return {"dynamics": dynamics.section}
+    return {"dynamics": dynamics.section, reward.KIND: reward.section}
 
 
 @analyze_app.command()
@@ -50,7 +68,82 @@ def dynamics(
     write_json(json_path, result)
 
 
-def deliver(section: Section, result: dict[str, Any], out: epath.Path | None) -> None:
+@analyze_app.command()
+def reward(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDENT TEACHER… SOURCE [SETTING]…",
+            help="Hugging Face directories; problems with answers (JSONL, Parquet, task:NAME or a dataset id); data "
+            "settings, as data.template=boxed",
+        ),
+    ],
+    problems: Problems = None,
+    samples: Samples = 4,
+    max_response: MaxResponse = 1024,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    slots: Slots = 64,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    last_number: LastNumber = False,
+    out: OutDir = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Does a teacher's reward of a whole rollout tell right ones from wrong ones (paper §6.2, Fig. 14)?
+
+    AUROC of the sequence mean reward, the mean of log q − log p over the tokens, with intervals over problems; its
+    histograms, and the reward by position. Several teachers score the same rollouts.
+    """
+    _check_files(out, json_path)
+    student, *teachers, data = _models_and_data(models)
+    from opd_jax.analysis.reward import analyse_reward, section
+
+    sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
+    result = analyse_reward(student, teachers, data, sampling, batch=slots, dtype=dtype)
+    deliver(section(result), result, out)
+    write_json(json_path, result)
+
+
+def _models_and_data(given: list[str]) -> tuple[Any, ...]:
+    """(student, teacher, …, data section) of STUDENT TEACHER… SOURCE [SETTING]…"""
+    from opd_jax.config_files import parse_data
+    from opd_jax.errors import InputError
+
+    settings = [text for text in given if _is_setting(text)]
+    *models, source = [text for text in given if not _is_setting(text)]
+    if len(models) < 2:
+        raise InputError(
+            f"found {', '.join([*models, source])}; expected STUDENT, at least one TEACHER, and SOURCE: two or more "
+            "Hugging Face directories and the problems, in this order."
+        )
+    return *map(Path, models), parse_data(source, settings)
+
+
+def _is_setting(text: str) -> bool:
+    return re.match(r"[\w.]+=", text) is not None and not Path(text).exists()
+
+
+def _sampling(
+    problems: int | None, samples: int, max_response: int, temperature: float, top_p: float, seed: int, last: bool
+) -> Sampling:
+    from opd_jax.analysis.pair import Sampling
+    from opd_jax.sampling.law import Law
+
+    return Sampling(problems, samples, max_response, Law(temperature, top_p), seed, last)
+
+
+def _check_files(out: Path | None, json_path: Path | None) -> None:
+    """Before anything is computed."""
+    from opd_jax.errors import InputError
+
+    check_writable("--json", json_path)
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file. Give a directory.")
+    check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+
+
+def deliver(section: Section, result: dict[str, Any], out: epath.Path | Path | None) -> None:
     """Shows a result, and writes it where a directory is given."""
     from opd_jax.tracking.console import console
     from opd_jax.tracking.sections import show, write_analysis

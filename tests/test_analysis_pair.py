@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from opd_jax.analysis.pair import (
     Drawn,
     Network,
     Pair,
+    Sampling,
     Values,
     by_depth,
     check_pair,
@@ -30,10 +30,10 @@ from opd_jax.config_files import parse_data
 from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.models.decoder import forward, head, unembed
-from opd_jax.sampling.law import Law
 
 SOURCE, SETTINGS = f"task:{tiny_runs.TASK}", ("chat=false", "limit=5")
 PROBLEMS, SAMPLES, LIMIT = 5, 2, 9
+SAMPLING = Sampling(samples=SAMPLES, max_response=LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,10 @@ def networks(pair: Pair) -> tuple[Network, Network]:
 
 @pytest.fixture(scope="module")
 def drawn(pair: Pair, networks: tuple[Network, Network]) -> Drawn:
-    panel, overlong = load_panel(
-        pair, parse_data(SOURCE, SETTINGS), problems=None, samples=SAMPLES, max_response=LIMIT, seed=0
-    )
+    panel, overlong = load_panel(pair, parse_data(SOURCE, SETTINGS), SAMPLING)
     assert not overlong.dropped
     with AnswerPool(1) as pool:
-        return draw_rollouts(pair, networks[0], panel, pool, law=Law(), seed=0, max_response=LIMIT, title="student")
+        return draw_rollouts(pair, networks[0], panel, pool, SAMPLING, "student")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def test_depth_edges() -> None:
 def refused(models: Path, teacher: str, max_response: int = 9) -> str:
     def prepare() -> None:
         pair = check_pair(models / "student", [models / teacher], dtype="float32")
-        load_panel(pair, parse_data(SOURCE, SETTINGS), problems=2, samples=1, max_response=max_response, seed=0)
+        load_panel(pair, parse_data(SOURCE, SETTINGS), Sampling(2, 1, max_response))
 
     with pytest.raises(InputError) as caught:
         prepare()
@@ -185,10 +183,10 @@ def test_refused(models: Path, tmp_path: Path) -> None:
 def test_prompts_without_answers(models: Path, pair: Pair, tmp_path: Path) -> None:
     file = tmp_path / "open.jsonl"
     file.write_text(json.dumps({"problem": "1 * 2 mod 5 ?"}) + "\n")
-    common: dict[str, Any] = {"problems": None, "samples": 1, "max_response": 5, "seed": 0}
+    data, sampling = parse_data(str(file), ("chat=false",)), Sampling(max_response=5)
     with pytest.raises(InputError, match="no answer"):
-        load_panel(pair, parse_data(str(file), ("chat=false",)), **common)
-    panel, _ = load_panel(pair, parse_data(str(file), ("chat=false",)), graded=False, **common)
+        load_panel(pair, data, sampling)
+    panel, _ = load_panel(pair, data, sampling, graded=False)
     assert panel.answers == (None,)
 
 

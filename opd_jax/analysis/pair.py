@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,6 @@ from opd_jax.evaluation.heldout import (
     sample_panel,
 )
 from opd_jax.losses import position_metrics
-from opd_jax.losses.log_probs import token_log_probs
 from opd_jax.mesh import Layout, batch_shards, make_mesh
 from opd_jax.models.decoder import DecoderConfig, head
 from opd_jax.models.hf import load_config, load_model
@@ -50,6 +49,17 @@ Values = dict[str, Float[np.ndarray, "rows R"]]
 
 K = 16  # of the top-k lists (paper, default set-up)
 BINS = 8  # of output positions
+
+
+class Sampling(NamedTuple):
+    """Which rollouts are looked at."""
+
+    problems: int | None = None  # the first so many; None: all
+    samples: int = 4  # of each problem
+    max_response: int = 1024  # tokens
+    law: Law = Law()
+    seed: int = 0
+    fallback_number: bool = False  # an answer may be the last number of the response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +131,8 @@ def check_pair(student: Path, teachers: Sequence[Path], *, batch: int = 64, dtyp
     return Pair(student, tuple(teachers), tokenizer, vocab_size, stops, layout, jnp.dtype(dtype), batch)
 
 
-def load_panel(
-    pair: Pair, data: Data, *, problems: int | None, samples: int, max_response: int, seed: int, graded: bool = True
-) -> tuple[Panel, Overlong]:
-    """The first ``problems`` prompts of ``data``, ``samples`` rows each, and how many were too long before them.
+def load_panel(pair: Pair, data: Data, sampling: Sampling, *, graded: bool = True) -> tuple[Panel, Overlong]:
+    """Prompts of ``data``, ``samples`` rows each, and how many were too long.
 
     Args:
         graded: refuse problems without an answer.
@@ -132,20 +140,36 @@ def load_panel(
     Raises:
         InputError: what ``load_records`` and ``encode_prompts`` refuse; texts longer than a model is made for.
     """
-    records = load_records(data, seed, require_answer=graded)
+    records = load_records(data, sampling.seed, require_answer=graded)
     encoded, records, overlong = encode_prompts(records, pair.tokenizer, data)
-    encoded, records = encoded[:problems], records[:problems]
+    encoded, records = encoded[: sampling.problems], records[: sampling.problems]
     longest = max(map(len, encoded))
     for path in (pair.student, *pair.teachers):
-        if (left := load_config(path).longest_text - longest) < max_response:
+        if (left := load_config(path).longest_text - longest) < sampling.max_response:
             raise InputError(
-                f"{path}: a prompt of {longest} tokens and a response of {max_response} are longer than the "
+                f"{path}: a prompt of {longest} tokens and a response of {sampling.max_response} are longer than the "
                 f"{left + longest} tokens that the model is made for. Give --max-response {max(left, 1)} or less, or a "
                 "smaller data.max_prompt."
             )
-    prompts = stack_prompts(encoded, range(len(encoded)), longest, samples)
+    prompts = stack_prompts(encoded, range(len(encoded)), longest, sampling.samples)
     texts, answers = [r.problem for r in records], [r.answer for r in records]
     return make_panel(prompts, texts, answers, pair.batch, batch_shards(pair.layout)), overlong
+
+
+def described(pair: Pair, data: Data, sampling: Sampling, panel: Panel, overlong: Overlong) -> dict[str, Any]:
+    """What an analysis of a pair was made from, for its result."""
+    return {
+        "student": str(pair.student),
+        "source": data.title,
+        "data": data.model_dump(mode="json", exclude_defaults=True),
+        "problems": len(panel.problems),
+        "dropped_prompts": overlong.dropped,
+        "samples": sampling.samples,
+        "max_response": sampling.max_response,
+        **{name: float(value) for name, value in sampling.law._asdict().items()},
+        "seed": sampling.seed,
+        "dtype": str(pair.dtype),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +194,7 @@ class Drawn:
 
 
 def draw_rollouts(
-    pair: Pair,
-    network: Network,
-    panel: Panel,
-    pool: AnswerPool,
-    *,
-    law: Law,
-    seed: int,
-    max_response: int,
-    title: str,
+    pair: Pair, network: Network, panel: Panel, pool: AnswerPool, sampling: Sampling, title: str
 ) -> Drawn:
     """One graded response to every row of a panel. Models that are equal give equal responses: their random numbers
     depend on (seed, prompt, sample, position) alone.
@@ -187,8 +203,9 @@ def draw_rollouts(
         InputError: log-probabilities that are not finite.
     """
     engine = pair.engine(network.config)
-    rollouts = sample_panel(engine, engine.cast(network.params), panel, law, seed, max_response, title)
-    inside = np.arange(max_response) < np.asarray(rollouts.lengths)[:, None]
+    weights, seed, limit = engine.cast(network.params), sampling.seed, sampling.max_response
+    rollouts = sample_panel(engine, weights, panel, sampling.law, seed, limit, title)
+    inside = np.arange(limit) < np.asarray(rollouts.lengths)[:, None]
     if not np.isfinite(np.asarray(rollouts.logp)[inside]).all():
         raise InputError(
             f"{network.path}: its log-probabilities are not finite. Its weights are damaged, or overflow: look at "
@@ -224,7 +241,11 @@ def token_values(
     values = collect(found, drawn.panel)
     values["overlap_advantage"] = np.where(values["overlap_ratio"] > 0, values["overlap_advantage"], np.nan)
     values["reward"] = -values["kl_k1"]
-    values["logq"] = values["logp"] + values["reward"]
+    if np.isfinite(values["reward"]).sum() != drawn.lengths.sum():
+        raise InputError(
+            f"{teacher.path}: its log-probabilities are not finite. Its weights are damaged, or overflow: look at "
+            "them, or try --dtype float32."
+        )
     return values
 
 
@@ -271,9 +292,9 @@ def _measurer(student: DecoderConfig, *, k: int, vocab_size: int, dtype: Any, la
         hidden = hidden_states(params, student, part, dtype=dtype, layout=layout)
         found = position_metrics(
             hidden, head(params), teacher_hidden, teacher_head, part.targets, part.mask,
-            k=k, vocab_size=vocab_size, layout=layout,
+            k=k, vocab_size=vocab_size, layout=layout, lists=1,
         )  # fmt: skip
-        return found | {"logp": token_log_probs(hidden, head(params), part.targets, vocab_size=vocab_size)[0]}
+        return {name: x for name, x in found.items() if x.ndim == 2}  # without the lists
 
     @jax.jit
     def measure(params: Params, rows: Sequences, teacher_hidden: Array, teacher_head: Array) -> dict[str, Array]:
