@@ -22,6 +22,10 @@ analyze_app = typer.Typer(
     no_args_is_help=True, help="Looks into runs, and into what student and teacher say of tokens.", add_completion=False
 )
 
+MODELS_HELP = (
+    "Hugging Face directories; problems with answers (JSONL, Parquet, task:NAME or a dataset id); data settings, as "
+    "data.template=boxed"
+)
 Problems = Annotated[int | None, typer.Option(min=1, help="the first n problems only; default: all")]
 Samples = Annotated[int, typer.Option(min=1, help="rollouts of each problem")]
 MaxResponse = Annotated[int, typer.Option(min=1, help="tokens; longer rollouts are cut")]
@@ -38,9 +42,9 @@ OutDir = Annotated[Path | None, typer.Option("--out", help="directory for the re
 
 def known_sections() -> Sections:
     """Kind of a stored result → the function that shows it in a report."""
-    from opd_jax.analysis import dynamics, reward
+    from opd_jax.analysis import depth, dynamics, reward
 
-    return {"dynamics": dynamics.section, reward.KIND: reward.section}
+    return {"dynamics": dynamics.section} | {module.KIND: module.section for module in (reward, depth)}
 
 
 @analyze_app.command()
@@ -70,14 +74,7 @@ def dynamics(
 
 @analyze_app.command()
 def reward(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STUDENT TEACHER… SOURCE [SETTING]…",
-            help="Hugging Face directories; problems with answers (JSONL, Parquet, task:NAME or a dataset id); data "
-            "settings, as data.template=boxed",
-        ),
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER… SOURCE [SETTING]…", help=MODELS_HELP)],
     problems: Problems = None,
     samples: Samples = 4,
     max_response: MaxResponse = 1024,
@@ -101,6 +98,45 @@ def reward(
 
     sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
     result = analyse_reward(student, teachers, data, sampling, batch=slots, dtype=dtype)
+    deliver(section(result), result, out)
+    write_json(json_path, result)
+
+
+@analyze_app.command()
+def depth(
+    models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER SOURCE [SETTING]…", help=MODELS_HELP)],
+    depths: Annotated[str, typer.Option(help="tokens of the student's before the cut, as 0,256,1024")],
+    continuations: Annotated[int, typer.Option("-n", min=1, help="of each cut rollout, by each model")] = 4,
+    problems: Problems = None,
+    samples: Samples = 1,
+    max_response: MaxResponse = 1024,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    slots: Slots = 64,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    last_number: LastNumber = False,
+    out: OutDir = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Does the teacher still know better where the student has gone far (paper §6.1, Fig. 11b)?
+
+    Cuts rollouts of the student at each depth and has both models go on from the same prefixes: accuracy of both and
+    their paired difference, with intervals over problems; divergences, entropies and overlap by depth.
+    """
+    _check_files(out, json_path)
+    student, *teachers, data = _models_and_data(models)
+    from opd_jax.errors import InputError
+
+    if len(teachers) > 1:
+        raise InputError(f"depth: found {len(teachers)} teachers; expected STUDENT TEACHER SOURCE, with one of each.")
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", depths):
+        raise InputError(f"--depths {depths}: expected numbers of tokens, as 0,256,1024")
+    from opd_jax.analysis.depth import analyse_depth, section
+
+    sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
+    cuts = [int(text) for text in depths.split(",")]
+    result = analyse_depth(student, teachers[0], data, sampling, cuts, continuations, batch=slots, dtype=dtype)
     deliver(section(result), result, out)
     write_json(json_path, result)
 

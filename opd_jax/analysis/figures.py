@@ -68,14 +68,25 @@ def at_depths(panels: Mapping[str, Mapping[str, Sequence[Row]]], columns: int = 
     ``panels``: name → series → rows with ``depth``, ``value``, ``low``, ``high``.
     """
 
+    depths = [row["depth"] for held in panels.values() for rows in held.values() for row in rows]
+    aside = 0.008 * (max(depths) - min(depths))  # or intervals would hide each other
+
     def draw(ax: Axes, name: str) -> None:
-        for (series, rows), colour in zip(panels[name].items(), PALETTE, strict=False):
+        for i, ((series, rows), colour) in enumerate(zip(panels[name].items(), PALETTE, strict=False)):
             x, y, low, high = (np.array([r[n] for r in rows], float) for n in ("depth", "value", "low", "high"))
             spread = np.nan_to_num(np.stack([y - low, high - y]))
             ax.errorbar(
-                x, y, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.8, capsize=2.5, label=series
+                x + (2 * i - len(panels[name]) + 1) * aside,
+                y,
+                yerr=spread,
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.8,
+                capsize=2.5,
+                label=series,
             )
-        if len(panels[name]) == 1:
+        if "−" in name:
             ax.axhline(0, color="#888888", linewidth=0.8)
         ax.set_xlabel("depth of the cut (tokens)")
         ax.set_ylabel(textwrap.fill(name, 28))

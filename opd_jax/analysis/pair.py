@@ -79,7 +79,7 @@ class Pair:
     teachers: tuple[Path, ...]
     tokenizer: Any
     vocab_size: int
-    stops: tuple[int, ...]  # the student's, also where a teacher goes on from its text
+    stops: tuple[int, ...]  # of the student
     layout: Layout
     dtype: Any
     batch: int  # rows sampled, and scored, at a time
@@ -102,9 +102,11 @@ class Pair:
     def load(self, path: Path) -> Network:
         return Network(path, *load_model(path, self.layout, self.dtype))
 
-    def engine(self, config: DecoderConfig) -> Engine:
-        return make_engine(
-            config, stop_ids=self.stops, vocab_size=self.vocab_size, support=0, dtype=self.dtype, layout=self.layout
+    def engine(self, network: Network) -> Engine:
+        """Samples from a network; a teacher may also end a response by its own end-of-sequence ids."""
+        stops = tuple(sorted({*self.stops, *stop_ids(network.path, self.tokenizer)}))
+        return _engine(
+            network.config, stop_ids=stops, vocab_size=self.vocab_size, support=0, dtype=self.dtype, layout=self.layout
         )
 
 
@@ -202,7 +204,7 @@ def draw_rollouts(
     Raises:
         InputError: log-probabilities that are not finite.
     """
-    engine = pair.engine(network.config)
+    engine = pair.engine(network)
     weights, seed, limit = engine.cast(network.params), sampling.seed, sampling.max_response
     rollouts = sample_panel(engine, weights, panel, sampling.law, seed, limit, title)
     inside = np.arange(limit) < np.asarray(rollouts.lengths)[:, None]
@@ -281,9 +283,8 @@ def by_depth(values: Float[np.ndarray, "rows R"], edges: np.ndarray, prompts: in
     return rows
 
 
-@functools.cache
-def _scorer(config: DecoderConfig, **common: Any) -> Any:
-    return make_score(config, **common)
+# what is compiled once serves every model of the same shape
+_engine, _scorer = functools.cache(make_engine), functools.cache(make_score)
 
 
 @functools.cache
