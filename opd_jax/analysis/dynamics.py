@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 
 from opd_jax.errors import InputError
 from opd_jax.tracking import plots
-from opd_jax.tracking.labels import axis_label, format_value
+from opd_jax.tracking.labels import axis_label, format_interval, format_value
 from opd_jax.tracking.run_dir import Row, RunDir, existing_run, names_of, read_rows
 from opd_jax.tracking.sections import Plot, Section, Table
 
@@ -204,16 +204,20 @@ def section(result: Row) -> Section:
 
 
 def _in_words(run: Row, several: bool) -> list[str]:
-    texts = []
+    sentences = [f"{run['name']}: {_verdict(run)}" if several else _verdict(run)]
     for sign in SIGNS:
         if outcome := run["signs"].get(sign.metric):
             first, last, change = (run["metrics"][sign.metric][part] for part in ("first", "last", "change"))
             success, opposite, flat = sign.words
-            verb = {SUCCESS: success, OPPOSITE: opposite, FLAT: flat, UNCLEAR: "changes less than its noise tells"}
-            ends = f"{format_value(first['mean'])} → {format_value(last['mean'])}"
-            texts.append(f"{axis_label(sign.metric, run['k'])} {verb[outcome]}: {ends} (95 % {_interval(change)})")
-    of_run = f"{run['name']}: " if several else ""
-    sentences = [f"{of_run}{_verdict(run)}", "; ".join(texts) + "."]
+            verb = {SUCCESS: success, OPPOSITE: opposite, FLAT: flat, UNCLEAR: "changes no more than its noise"}[
+                outcome
+            ]
+            ends = " → ".join(format_value((end["mean"], end["error"])) for end in (first, last))
+            name = axis_label(sign.metric, run["k"]).partition(" (")[0]
+            sentences.append(
+                f"{name[0].upper()}{name[1:]} {verb}: {ends}, change {format_value(change['mean'])} "
+                f"(95 % {format_interval(change['low'], change['high'])})."
+            )
     if fell := run["fell_back"]:
         steps, last = "–".join(map(str, fell["steps"])), run["metrics"]["overlap_ratio"]["last"]
         sentences.append(
@@ -279,9 +283,9 @@ def _tables(run: Row, several: bool) -> list[Table]:
             axis_label(name, run["k"]),
             *((m[end]["mean"], m[end]["error"]) for end in ("first", "last")),
             m["change"]["mean"],
-            _interval(m["change"]),
+            format_interval(m["change"]["low"], m["change"]["high"]),
             m["trend"]["mean"],
-            _interval(m["trend"]),
+            format_interval(m["trend"]["low"], m["trend"]["high"]),
         ]
         for name, m in run["metrics"].items()
     ]  # fmt: skip
@@ -296,10 +300,6 @@ def _tables(run: Row, several: bool) -> list[Table]:
         rows = [[axis_label(n, run["k"]), *of_metric] for n, of_metric in zip(names, cells, strict=True)]
         tables.append(Table(f"{of_run}held-out prompts", heads, rows))
     return tables
-
-
-def _interval(score: Row) -> str:
-    return f"{format_value(score['low'])} … {format_value(score['high'])}"
 
 
 def _curves(runs: Sequence[Row], name: str, k: int | None) -> Any:

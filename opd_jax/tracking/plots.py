@@ -125,17 +125,21 @@ def heat_map(
     ``limits``: values at the ends of the scale of colours, beyond which colours do not change.
     """
     table = np.array([[_number(v) for v in column] for column in values]).T
+    # From 50 colours on matplotlib draws the bar as an image, which the pages' policy refuses.
+    colours = mpl.colormaps["viridis"].resampled(40)
 
     def draw(ax: Axes, _: str) -> None:
         ax.set_facecolor("#d9d9d9")
         ax.grid(visible=False)
-        # edges in the colour of their faces: renderers of SVG leave hairlines between cells
+        # Edges in the colour of their faces: renderers of SVG leave hairlines between cells.
         mesh = ax.pcolormesh(
-            steps, positions, table, vmin=limits[0], vmax=limits[1], cmap="viridis", edgecolors="face", linewidth=0.3
+            steps, positions, table, vmin=limits[0], vmax=limits[1], cmap=colours, edgecolors="face", linewidth=0.3
         )
         low, high = np.nanmin(table) < limits[0], np.nanmax(table) > limits[1]
         ends: Any = "both" if low and high else "min" if low else "max" if high else "neither"
-        ax.figure.colorbar(mesh, ax=ax, extend=ends).set_label(textwrap.fill(label, 28))
+        bar: Any = ax.figure.colorbar(mesh, ax=ax, extend=ends)
+        bar.set_label(textwrap.fill(label, 28))
+        bar.solids.set_edgecolor("face")
         ax.set_xlabel("step")
         ax.set_ylabel("output position (tokens)")
         ax.set_title(title, fontsize=10, loc="left")
@@ -262,12 +266,13 @@ def _draw_evaluations(ax: Axes, rows: Sequence[Row], name: str, colour: str, run
 def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
     """Centred, over 2·half + 1 rows, fewer at the ends; gaps are skipped."""
     held = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(held, values, 0.0))])
+    base = values[held][0] if held.any() else 0.0  # sums of differences: a constant stays one, without rounding
+    total = np.concatenate([[0.0], np.cumsum(np.where(held, values - base, 0.0))])
     count = np.concatenate([[0], np.cumsum(held)])
     i = np.arange(len(values))
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
     n = count[high] - count[low]
-    return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
+    return np.where(n > 0, base + (total[high] - total[low]) / np.maximum(n, 1), np.nan)
 
 
 def _axis_text(name: str, k: int | None) -> str:

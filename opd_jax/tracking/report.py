@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,17 +15,14 @@ import yaml
 from etils import epath
 
 from opd_jax.errors import InputError
-from opd_jax.tracking import page, plots
+from opd_jax.tracking import page, plots, rollouts
 from opd_jax.tracking.labels import axis_label, format_value, in_order
 from opd_jax.tracking.run_dir import Row, RunDir, existing_run, names_of, read_rows, write_atomically
 from opd_jax.tracking.sections import Sections, body, stored
 
-_SAMPLES_SHOWN = 6  # problems with rollouts; the rest is in samples.jsonl
-_TEXT_SHOWN = 20_000  # characters of one rollout
 _NOT_METRICS = {"step", "problems", "samples"}
 _STAGES = ("data", "reshard", "rollout", "pack", "score", "update", "evaluation", "checkpoint")
 _OF_STAGES = ("time/", "tokens_per_second/")  # in their own table
-_KL_LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)  # nats, from which a token is coloured, and more and more strongly
 _HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
 
 
@@ -241,63 +237,7 @@ def _time(run: _Run, several: bool) -> str:
 
 
 def _samples(run: _Run, several: bool) -> str:
-    """The same problems before and after, side by side."""
-    steps = sorted({row["step"] for row in run.samples})
-    if not steps:
-        return ""
-    by_problem: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in run.samples:
-        if row["step"] in (steps[0], steps[-1]):
-            by_problem[str(row.get("problem", ""))][row["step"]].append(row)
-    # Problems sampled at both ends tell most.
-    problems = sorted(by_problem.items(), key=lambda item: -len(item[1]))
-    shown = [_problem(text, answers) for text, answers in problems[:_SAMPLES_SHOWN]]
-    hidden = len(problems) - len(shown)
-    note = f'<p class="soft">{hidden} more problems are in samples.jsonl.</p>' if hidden else ""
-    edges = [f'<span class="kl{i}">≥ {edge:g}</span>' for i, edge in enumerate(_KL_LEVELS, 1)]
-    coloured = any(row.get("tokens") for row in run.samples)
-    legend = f'<p class="soft">Reverse KL of a token, nats: {" ".join(edges)}</p>' if coloured else ""
-    return f"<h2>Sampled rollouts{page.escape(_of(run, several))}</h2>{legend}{''.join(shown)}{note}"
-
-
-def _problem(text: str, rollouts: dict[int, list[Row]]) -> str:
-    rows = [rollouts[step][0] for step in sorted(rollouts)]
-    answer = next((row["answer"] for row in rows if row.get("answer") is not None), None)
-    expected = f'<p class="soft">Expected answer: {page.escape(answer)}</p>' if answer is not None else ""
-    cards = "".join(_rollout(row) for row in rows)
-    return (
-        f'<section class="card problem"><p>{page.escape(text)}</p>{expected}<div class="pair">{cards}</div></section>'
-    )
-
-
-def _rollout(row: Row) -> str:
-    marks = [f"<b>step {row['step']}</b>"]
-    if row.get("correct") is not None:
-        marks.append('<span class="right">✓ correct</span>' if row["correct"] else '<span class="wrong">✗ wrong</span>')
-    kl = [v for v in row.get("kl_by_token") or [] if v is not None]
-    if kl:
-        marks.append(f"<span>reverse KL {format_value(statistics.fmean(kl))} nats/token, {len(kl)} tokens</span>")
-    response = str(row.get("response", ""))
-    text = _coloured(row) or page.escape(response[:_TEXT_SHOWN])
-    if len(response) > _TEXT_SHOWN:
-        text += f"\n… {len(response) - _TEXT_SHOWN:,} more characters in samples.jsonl"
-    return f'<div class="rollout"><header>{"".join(marks)}</header><pre>{text}</pre></div>'
-
-
-def _coloured(row: Row) -> str:
-    """The tokens as they stand, on a ground that tells their reverse KL; "" where the row has no such values."""
-    tokens, kl = row.get("tokens") or [], row.get("kl_by_token") or []
-    if not tokens or len(tokens) != len(kl):
-        return ""
-    parts, length = [], 0
-    for token, value in zip(map(str, tokens), kl, strict=True):
-        length += len(token)
-        if length > _TEXT_SHOWN:
-            break
-        level = sum(value is not None and value >= edge for edge in _KL_LEVELS)
-        shown = page.escape(token)
-        parts.append(f'<span class="kl{level}" title="{format_value(value)} nats">{shown}</span>' if level else shown)
-    return "".join(parts)
+    return rollouts.section(run.samples, _of(run, several))
 
 
 def _settings(run: _Run, several: bool) -> str:
