@@ -42,9 +42,9 @@ OutDir = Annotated[Path | None, typer.Option("--out", help="directory for the re
 
 def known_sections() -> Sections:
     """Kind of a stored result → the function that shows it in a report."""
-    from opd_jax.analysis import depth, dynamics, reward
+    from opd_jax.analysis import depth, dynamics, reward, verdicts
 
-    return {"dynamics": dynamics.section} | {module.KIND: module.section for module in (reward, depth)}
+    return {"dynamics": dynamics.section} | {module.KIND: module.section for module in (reward, depth, verdicts)}
 
 
 @analyze_app.command()
@@ -61,10 +61,10 @@ def dynamics(
     """
     from opd_jax.analysis.dynamics import dynamics as measure
     from opd_jax.analysis.dynamics import section
-    from opd_jax.stores import store_path
+    from opd_jax.stores import is_remote, store_path
     from opd_jax.tracking.run_dir import existing_run
 
-    check_writable("--json", json_path)
+    _check_files(None if out is None or is_remote(out) else Path(out), json_path)
     found = [existing_run(store_path(run)) for run in runs]
     result = measure(found)
     of_run = found[0].analysis if len(found) == 1 else None
@@ -137,6 +137,44 @@ def depth(
     sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
     cuts = [int(text) for text in depths.split(",")]
     result = analyse_depth(student, teachers[0], data, sampling, cuts, continuations, batch=slots, dtype=dtype)
+    deliver(section(result), result, out)
+    write_json(json_path, result)
+
+
+def diagnose(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDENT TEACHER… [SETTING]…",
+            help="Hugging Face directories; data settings, as data.template=boxed",
+        ),
+    ],
+    prompts: Annotated[str, typer.Option(help="problems: JSONL, Parquet, task:NAME or a dataset id")],
+    problems: Problems = 64,
+    samples: Samples = 4,
+    max_response: MaxResponse = 1024,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    slots: Slots = 64,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    last_number: LastNumber = False,
+    out: OutDir = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Does this teacher fit this student? Asked on a few hundred rollouts, before a run is paid for.
+
+    Whether tokenizers, special ids, templates and scoring agree; overlap, entropies and divergences on the student's
+    rollouts, by depth; accuracy of all, and what the teacher solves that the student does not. Says which of the
+    paper's two conditions of success hold, how sure that is, what to do if not, and ranks several teachers.
+    """
+    _check_files(out, json_path)
+    student, *teachers, data = _models_and_data([*models, prompts])
+    from opd_jax.analysis.diagnose import diagnose as measure
+    from opd_jax.analysis.verdicts import section
+
+    sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
+    result = measure(student, teachers, data, sampling, batch=slots, dtype=dtype)
     deliver(section(result), result, out)
     write_json(json_path, result)
 

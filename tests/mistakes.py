@@ -189,6 +189,15 @@ REPORT = [
     (["{run}", "--out", "absent/report.html"], "--out absent/report.html: cannot be written"),
     ([], "Missing argument"),
 ]
+ANALYZE = [
+    (["dynamics", "absent"], "absent: no run here"),
+    (["dynamics", "{run}"], "begun/config.yaml: not the configuration of a run"),
+    (["dynamics", "{strange}"], "strange/config.yaml: not the configuration of a run"),
+    (["dynamics", "{run}", "--out", "absent/a/b"], "--out absent/a/b"),
+    (["dynamics", "{run}", "--out", "{models}/file"], "is a file"),
+    (["dynamics", "{run}", "--json", "absent/x.json"], "--json absent/x.json"),
+    (["dynamics"], "Missing argument"),
+]
 DEMO = [
     (["--out", "{models}"], "not empty"),
     (["--out", "{models}/file"], "not a directory"),
@@ -204,6 +213,7 @@ CASES = {
     "import": IMPORT,
     "export": EXPORT,
     "report": REPORT,
+    "analyze": ANALYZE,
     "demo": DEMO,
 }
 MISTAKES = [(name, a, said) for name, cases in CASES.items() for a, said in cases]

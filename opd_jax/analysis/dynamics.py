@@ -93,11 +93,12 @@ def trend(steps: np.ndarray, values: np.ndarray) -> Row:
 
 
 def _of_run(run: RunDir, name: str) -> Row:
-    config, rows = yaml.safe_load(run.config.read_text()), read_rows(run.metrics)
+    kind, settings = _settings(run)
+    rows = read_rows(run.metrics)
     measured = [row for row in rows if row.get("overlap_ratio") is not None]
     if not measured:
         raise InputError(
-            f"{run.root}: metrics.jsonl has {len(rows)} steps, none with an overlap ratio (kind={config.get('kind')}). "
+            f"{run.root}: metrics.jsonl has {len(rows)} steps, none with an overlap ratio (kind={kind}). "
             "Dynamics are those of a student against its teacher: give a run of kind=opd."
         )
     if len(measured) < FEWEST:
@@ -112,19 +113,27 @@ def _of_run(run: RunDir, name: str) -> Row:
     result: Row = {
         "name": name,
         "path": str(run.root),
-        "k": config["objective"]["k"],
-        "student": config["student"]["path"],
-        "objective": config["objective"],
+        **{name: settings[name] for name in ("k", "student", "objective")},
         "steps": [measured[0]["step"], measured[-1]["step"]],
         "measured_steps": len(measured),
         "window": window,
         "metrics": metrics,
-        "maps": {n: m for n in MAPPED if (m := _map(measured, n, config["rollout"]["max_response"]))},
+        "maps": {n: m for n in MAPPED if (m := _map(measured, n, settings["max_response"]))},
         "evaluations": evaluations,
         "alarms": [{"step": row["step"], "text": row["alarm"]} for row in rows if row.get("alarm")],
     }
     result["signs"] = {sign.metric: _outcome(sign, metrics[sign.metric]) for sign in SIGNS if sign.metric in metrics}
     return result | {"fell_back": _fell_back(metrics["overlap_ratio"], window)}
+
+
+def _settings(run: RunDir) -> tuple[str, Row]:
+    try:
+        config = yaml.safe_load(run.config.read_text())
+        objective, response = config["objective"], config["rollout"]["max_response"]
+        settings = {"k": objective["k"], "student": config["student"]["path"], "objective": objective}
+        return config["kind"], settings | {"max_response": response}
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        raise InputError(f"{run.config}: not the configuration of a run ({e!r}). Give the run_dir of a run.") from e
 
 
 def _of_metric(rows: Sequence[Row], name: str, window: int) -> Row | None:
