@@ -92,7 +92,8 @@ def test_a_token_shows_what_both_sides_think(width: int, how: str, pages: dict[s
         (browser.tap if how == "tap" else browser.move_to)(x, y)
     shown = browser.value(SHOWN.format(token))
     assert browser.value(f"{token}.dataset.t").split("\n")[1] in shown
-    assert all(part in shown for part in ("p 0.", "q 0.", "log q", "KL", "student: ", "teacher: "))
+    said = shown.replace("\xa0", " ")
+    assert all(part in said for part in ("p 0.", "q 0.", "log q − log p", "KL", "student: ", "teacher: "))
     style = f"getComputedStyle({token}, '::after')"
     left, bottom, box = browser.value(f"[{style}.left, {style}.bottom, {style}.width]")
     assert (left, bottom) == ("12px", "12px")

@@ -131,17 +131,21 @@ class _Token:
         first = [f"“{_visible(text)}”"]
         for name, log in (("p", self.logp), ("q", self.logq)):
             if log is not None:
-                first.append(f"{name} {math.exp(min(log, 0.0)):.3g}")  # rounding may leave a log above 0
+                first.append(_pair(name, f"{math.exp(min(log, 0.0)):.3g}"))  # rounding may leave a log above 0
         if self.advantage is not None:
-            first.append(f"log q − log p {self.advantage:+.2f}")
+            first.append(_pair("log q − log p", f"{self.advantage:+.2f}"))
         if self.kl is not None:
-            first.append(f"KL {format_value(self.kl)}")
+            first.append(_pair("KL", format_value(self.kl)))
         lists = [
-            f"{who}: " + "  ".join(f"“{_visible(t)}” {_probability(p)}" for t, p in held)
+            f"{who}: " + "  ".join(_pair(f"“{_visible(t)}”", _probability(p)) for t, p in held)
             for who, held in self.lists.items()
             if held
         ]
         return "\n".join(["  ".join(first), *lists])
+
+
+def _pair(name: str, value: str) -> str:
+    return f"{name} {value}".replace(" ", "\xa0")  # a narrow page breaks the line between pairs
 
 
 def _visible(text: Any) -> str:
