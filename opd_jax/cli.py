@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from opd_jax import __version__
-from opd_jax.analysis_commands import analyze_app, known_sections
+from opd_jax.analysis_commands import analyze_app, diagnose, known_sections
 from opd_jax.data_commands import data_app
 from opd_jax.result_files import JsonPath, check_writable, write_json
 
@@ -41,6 +41,7 @@ def _version(wanted: bool) -> None:
 
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
+app.command()(diagnose)
 
 
 @app.callback()

@@ -99,7 +99,7 @@ def expected(logp: np.ndarray, logq: np.ndarray, token: int, k: int) -> dict[str
 
 
 def test_every_token_against_numpy(pair: Pair, networks: tuple[Network, Network], drawn: Drawn, values: Values) -> None:
-    assert pair.k == 16
+    assert pair.k == 5  # a quarter of the vocabulary
     rows = drawn.panel.rows
     assert rows == PROBLEMS * SAMPLES < len(drawn.rollouts.lengths)  # some fill up the last batch
     assert {v.shape for v in values.values()} == {(rows, LIMIT)}

@@ -86,7 +86,8 @@ class Pair:
 
     @property
     def k(self) -> int:
-        return min(K, self.vocab_size)
+        """Of the top-k lists: at most a quarter of the vocabulary, or they would overlap by chance."""
+        return max(1, min(K, self.vocab_size // 4))
 
     @property
     def micro_batch(self) -> int:
@@ -170,6 +171,7 @@ def described(pair: Pair, data: Data, sampling: Sampling, panel: Panel, overlong
         "max_response": sampling.max_response,
         **{name: float(value) for name, value in sampling.law._asdict().items()},
         "seed": sampling.seed,
+        "k": pair.k,
         "dtype": str(pair.dtype),
     }
 

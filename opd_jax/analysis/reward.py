@@ -72,7 +72,7 @@ def analyse_reward(student: Path, teachers: Sequence[Path], data: Data, sampling
     result: Row = {"kind": KIND} | described(pair, data, sampling, panel, overlong)
     result |= {name: drawn.summary[name] for name in ("accuracy", "accuracy_interval", "truncation_rate")}
     result |= {"right": int(right.sum()), "wrong": int((~right).sum())}
-    result |= {"length": _separation(-lengths, right, weights)}  # shorter ones count as better
+    result |= {"length": rank_separation(-lengths, right, weights)}  # shorter ones count as better
     result |= {"correct": right.astype(int), "lengths": lengths.astype(int), "teachers": []}
     first: tuple[float, np.ndarray] | None = None
     for name, path in zip(pair.names(), teachers, strict=True):
@@ -113,7 +113,7 @@ def separation(
     scores: Float[np.ndarray, "problems samples"], right: Bool[np.ndarray, "problems samples"], weights: np.ndarray
 ) -> Row:
     """How a score of rollouts separates right from wrong ones: AUROC, means and histogram."""
-    result = _separation(scores, right, weights)
+    result = rank_separation(scores, right, weights)
     means = []
     for kind, mask in (("right", right), ("wrong", ~right)):
         value, draws = ratio(np.where(mask, scores, 0).sum(1), mask.sum(1).astype(np.float64), weights)
@@ -128,7 +128,7 @@ def separation(
     return result | {"histogram": {"edges": edges} | counts}
 
 
-def _separation(scores: np.ndarray, right: np.ndarray, weights: np.ndarray) -> Row:
+def rank_separation(scores: np.ndarray, right: np.ndarray, weights: np.ndarray) -> Row:
     value: Estimate = estimate(auroc(scores, right), auroc_draws(scores, right, weights), len(right))
     within, prompts = within_prompts(scores, right, weights)
     return {
