@@ -25,9 +25,10 @@ NAME = "a <b> & c"
 
 def section_of(result: dict[str, Any]) -> Section:
     draw = functools.partial(plots.curves, {"run": [{"step": s, "loss": 1.0 / s} for s in (1, 2)]}, ["loss"])
+    apart = Table("apart", ["", "x"], [["y", 1]], standalone=True)
     rows = [[NAME, (0.25, 0.01), None], ["n", result["n"], math.nan]]
     return Section(
-        "made-up", "Made up", [f"n is {result['n']}.", NAME], [Table("numbers", ["", "mean", "none"], rows)],
+        "made-up", "Made up", [f"n is {result['n']}.", NAME], [Table("numbers", ["", "mean", "none"], rows), apart],
         [Plot("loss <over> steps", draw), Plot("alone", draw, standalone=True)],
     )  # fmt: skip
 
@@ -38,7 +39,7 @@ RESULT = {"kind": "made-up", "n": 7, "missing": math.nan}
 def test_a_result_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(section_of(RESULT))
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("numbers", "0.250 ± 0.010", "n is 7.", NAME))
+    assert all(text in printed for text in ("numbers", "apart", "0.250 ± 0.010", "n is 7.", NAME))
     write_analysis(section_of(RESULT), RESULT, tmp_path / "out")
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert files == {"made-up.json", "made-up.html", "made-up-1.png", "made-up-2.png"}
@@ -62,6 +63,7 @@ def test_a_report_shows_the_results_that_it_knows(tmp_path: Path) -> None:
     assert "<h2>Made up</h2><p>n is 7.</p>" in shown
     assert 'aria-label="loss &lt;over&gt; steps"' in shown
     assert 'aria-label="alone"' not in shown
+    assert "apart" not in shown
     assert "Made up" not in hidden
 
 

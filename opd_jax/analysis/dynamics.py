@@ -305,9 +305,9 @@ def _tables(run: Row, several: bool) -> list[Table]:
         ends = [student[0], student[-1], teacher]
         heads = ["metric", *(f"step {row['step']}" for row in ends[:2]), "teacher"]
         names = [n for n in ("accuracy", *METRICS) if all(row.get(n) is not None for row in ends[:2])]
-        cells = [[(row.get(n), row.get(n + "_se")) for row in ends] for n in names]
+        cells = [[(row[n], row.get(n + "_se")) if n in row else None for row in ends] for n in names]
         rows = [[axis_label(n, run["k"]), *of_metric] for n, of_metric in zip(names, cells, strict=True)]
-        tables.append(Table(f"{of_run}held-out prompts", heads, rows))
+        tables.append(Table(f"{of_run}held-out prompts", heads, rows, standalone=not several))
     return tables
 
 

@@ -27,13 +27,14 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]  # cells as ``console.table`` takes them: text, numbers, None, (mean, standard error)
+    standalone: bool = False  # left out of a run's report, which shows it already
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
     alt: str
     draw: Callable[[], Figure]  # as in tracking/plots.py; called only where it is shown
-    standalone: bool = False  # left out of a run's report, which draws it already
+    standalone: bool = False  # as a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,11 @@ def write_analysis(section: Section, result: Mapping[str, Any], out: Path | epat
 def body(section: Section, in_report: bool = False) -> str:
     """The section in HTML, without its title."""
     lead = "".join(f"<p>{page.escape(sentence)}</p>" for sentence in section.lead)
-    tables = "".join(f"<h3>{page.escape(t.title)}</h3>{page.table(t.columns, t.rows)}" for t in section.tables)
-    shown = [plot for plot in section.plots if not (in_report and plot.standalone)]
-    figures = "".join(page.figure(plot.draw(), plot.alt) for plot in shown)
-    return lead + tables + (f'<div class="plots">{figures}</div>' if figures else "")
+    tables = [table for table in section.tables if not (in_report and table.standalone)]
+    drawn = [plot for plot in section.plots if not (in_report and plot.standalone)]
+    numbers = "".join(f"<h3>{page.escape(t.title)}</h3>{page.table(t.columns, t.rows)}" for t in tables)
+    figures = "".join(page.figure(plot.draw(), plot.alt) for plot in drawn)
+    return lead + numbers + (f'<div class="plots">{figures}</div>' if figures else "")
 
 
 def stored(directory: epath.Path, sections: Sections) -> list[Section]:
