@@ -231,7 +231,8 @@ def _in_words(run: Row, several: bool) -> list[str]:
         steps, last = "–".join(map(str, fell["steps"])), run["metrics"]["overlap_ratio"]["last"]
         sentences.append(
             f"The overlap fell back from {format_value(fell['mean'])} (steps {steps}) to {format_value(last['mean'])}: "
-            "a sign of a late collapse. If responses are long, shorten rollout.length or positions.horizon (§6.1)."
+            "a sign of a late collapse. If responses are long, shorten rollout.length or positions.horizon (paper "
+            "§6.1)."
         )
     if alarms := run["alarms"]:
         sentences.append(f"Training warned at step {alarms[0]['step']}: {alarms[0]['text']} ({len(alarms)} in all).")
@@ -245,16 +246,16 @@ def _verdict(run: Row) -> str:
     outcomes = list(run["signs"].values())
     good, n = outcomes.count(SUCCESS), len(outcomes)
     if good == n:
-        return f"It shows all {n} signs of a successful distillation (§4.1)."
+        return f"It shows all {n} signs of a successful distillation (paper §4.1)."
     if outcomes.count(FLAT) == n:
         start = run["metrics"]["overlap_ratio"]["first"]["mean"]
         near = start >= END_OF_SUCCESS
         but = (
             f" But the overlap began at {start:.2f}, where the paper's successful run ended: there was little to gain."
         )
-        return f"All {n} signs stay flat, as in the paper's failing runs (§4.1).{but if near else ''}"
+        return f"All {n} signs stay flat, as in the paper's failing runs (paper §4.1).{but if near else ''}"
     counts = [f"{outcomes.count(what)} {text}" for what, text in _NOT_GOOD.items() if what in outcomes]
-    return f"It shows {good} of the {n} signs of a successful distillation (§4.1); {', '.join(counts)}."
+    return f"It shows {good} of the {n} signs of a successful distillation (paper §4.1); {', '.join(counts)}."
 
 
 _NOT_GOOD = {OPPOSITE: "the other way round", FLAT: "flat", UNCLEAR: "not certain"}
@@ -272,7 +273,7 @@ def _of_gradients(runs: Sequence[Row]) -> list[str]:
     if any((run["student"], run["objective"]) != (runs[0]["student"], runs[0]["objective"]) for run in runs):
         return ["Gradient norms are not ranked: the runs differ in student or objective."]
     ranked = ", ".join(f"{name} {format_value(value)}" for name, value in sorted(means.items(), key=lambda x: x[1]))
-    return [f"Mean gradient norms, smallest first: {ranked}. In the paper the failing run has the smaller one (§4.1)."]
+    return [f"Mean gradient norms, smallest first: {ranked}. In the paper's §4.1 the failing run has the smaller one."]
 
 
 def _tables(run: Row, several: bool) -> list[Table]:
