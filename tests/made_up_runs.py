@@ -45,7 +45,7 @@ def metrics_at(step: int, share: float, rng: np.random.Generator, fails: bool = 
 
 
 def make_run(path: Path, steps: int = 200, fails: bool = False, samples: bool = True, **settings: Any) -> RunDir:
-    """A run of responses of at most 1,024 tokens with an evaluation and samples every 50 steps."""
+    """Responses of at most 1,024 tokens, an evaluation every 50 steps, and as many samples as a report shows."""
     tree: dict[str, Any] = {
         "run_dir": str(path), "steps": steps, "student": {"path": "models/s"}, "teacher": {"path": "models/t"},
         "data": {"source": "task:products"}, "rollout": {"max_response": 1024}, **settings,
@@ -64,12 +64,12 @@ def make_run(path: Path, steps: int = 200, fails: bool = False, samples: bool = 
                 accuracy = 0.3 + 0.4 * (row["overlap_ratio"] - 0.72) / 0.19
                 held_out |= {"who": "student", "accuracy": accuracy, "accuracy_se": 0.03, "problems": 64, "samples": 4}
                 writer.write_evaluation(step, held_out)
-                if samples:
+                if samples and step in (0, steps):
                     writer.write_samples(step, made_up_samples(rng))
     return run
 
 
-def made_up_samples(rng: np.random.Generator, problems: int = 2, tokens: int = 1024) -> list[dict[str, Any]]:
+def made_up_samples(rng: np.random.Generator, problems: int = 6, tokens: int = 1024) -> list[dict[str, Any]]:
     """Long responses that hold markup, with what is logged of every token, as ``evaluation/heldout.py`` writes it."""
     words = [
         "so",

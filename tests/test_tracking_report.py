@@ -278,7 +278,7 @@ def test_tokens_of_older_runs_are_coloured_by_their_divergence(tmp_path):
     assert [(css, shown) for css, _, _, shown in _spans(text)] == list(
         zip(["", "k2", "", "k5", "k1"], tokens, strict=True)
     )
-    assert [t for *_, t, _ in _spans(text)][:2] == ["“a”  KL\xa00.010", "“␣<b>”  KL\xa00.300"]
+    assert [t for *_, t, _ in _spans(text)][:2] == ["`a`  KL\xa00.010", "`␣<b>`  KL\xa00.300"]
     assert "samples only-kl" in text
     assert "script" not in page.tags
     assert "cut short" in page.text  # values that do not fit the tokens are not drawn
@@ -307,7 +307,7 @@ def test_tokens_are_coloured_by_their_advantage(tmp_path):
     assert [css for css, *_ in spans] == ["n4 k1", "n3 k1", "p3 k1", "p4 k1"]
     assert [shown for *_, shown in spans] == [" <0>", " <1>", " <7>", " <8>"]
     assert spans[2][2].replace("\xa0", " ") == (
-        "“␣<7>”  p 0.01  q 0.0448  log q − log p +1.50  KL 0.100\nstudent: “<s7>” 0.500  “⏎” 3e-05\nteacher: “t” –"
+        "`␣<7>`  p 0.01  q 0.0448  log q − log p +1.50  KL 0.100\nstudent: `<s7>` 0.500  `⏎` 3e-05\nteacher: `t` –"
     )
     assert "".join(f" <{i}>" for i in range(9)) in page.text
     assert "first and last 2 of 9 tokens" in page.text

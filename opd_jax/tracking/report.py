@@ -47,7 +47,8 @@ def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike, analyses
     parts += [_summary(run, several=len(loaded) > 1) for run in loaded]
     parts += [_training_curves(loaded)]
     of_analyses = functools.partial(_analyses, known=analyses or {})
-    for section in (_alarms, _position_curves, of_analyses, _time, _samples, _settings):
+    of_samples = functools.partial(_samples, runs=len(loaded))
+    for section in (_alarms, _position_curves, of_analyses, _time, of_samples, _settings):
         parts += [section(run, several=len(loaded) > 1) for run in loaded]
     write_atomically(epath.Path(path), page.document(title, "\n".join(filter(None, parts))))
 
@@ -236,8 +237,8 @@ def _time(run: _Run, several: bool) -> str:
     return f"<h2>Where the time goes{page.escape(_of(run, several))}</h2>{table}{note}"
 
 
-def _samples(run: _Run, several: bool) -> str:
-    return rollouts.section(run.samples, _of(run, several))
+def _samples(run: _Run, several: bool, runs: int) -> str:
+    return rollouts.section(run.samples, _of(run, several), runs)
 
 
 def _settings(run: _Run, several: bool) -> str:

@@ -23,8 +23,11 @@ _ADVANTAGES = (0.2, 0.5, 1.0, 2.0, 4.0)  # |log q − log p| in nats, from which
 _DIVERGENCES = (0.05, 0.2, 0.5, 1.0, 2.0)  # reverse KL in nats
 
 
-def section(rows: Sequence[Row], of_run: str = "") -> str:
-    """The same problems at the first and the last step that has samples, and the teacher's answer; "" without any."""
+def section(rows: Sequence[Row], of_run: str = "", runs: int = 1) -> str:
+    """The same problems at the first and the last step that has samples, and the teacher's answer; "" without any.
+
+    ``runs``: that share the report, which stays as small.
+    """
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return ""
@@ -35,8 +38,9 @@ def section(rows: Sequence[Row], of_run: str = "") -> str:
             by_problem[str(row.get("problem", ""))].setdefault("teacher" if teacher else f"step {row['step']}", row)
     # Problems sampled at both ends tell most.
     problems = sorted(by_problem.items(), key=lambda item: -len(item[1]))
-    shown = "".join(_problem(text, answers) for text, answers in problems[:_PROBLEMS_SHOWN])
-    hidden = max(0, len(problems) - _PROBLEMS_SHOWN)
+    most = max(1, _PROBLEMS_SHOWN // runs)
+    shown = "".join(_problem(text, answers) for text, answers in problems[:most])
+    hidden = max(0, len(problems) - most)
     note = f'<p class="soft">{hidden} more problems are in samples.jsonl.</p>' if hidden else ""
     heading = f"<h2>Sampled rollouts{escape(of_run)}</h2>"
     css = "samples" if any(row.get("logp") for row in rows) else "samples only-kl"
@@ -128,7 +132,7 @@ class _Token:
         return f'<span{css} tabindex="{0 if by_tab else -1}" data-t="{escape(self._words(text))}">{escape(text)}</span>'
 
     def _words(self, text: str) -> str:
-        first = [f"“{_visible(text)}”"]
+        first = [f"`{_visible(text)}`"]
         for name, log in (("p", self.logp), ("q", self.logq)):
             if log is not None:
                 first.append(_pair(name, f"{math.exp(min(log, 0.0)):.3g}"))  # rounding may leave a log above 0
@@ -137,7 +141,7 @@ class _Token:
         if self.kl is not None:
             first.append(_pair("KL", format_value(self.kl)))
         lists = [
-            f"{who}: " + "  ".join(_pair(f"“{_visible(t)}”", _probability(p)) for t, p in held)
+            f"{who}: " + "  ".join(_pair(f"`{_visible(t)}`", _probability(p)) for t, p in held)
             for who, held in self.lists.items()
             if held
         ]
