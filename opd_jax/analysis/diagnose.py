@@ -90,20 +90,21 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
     panel, overlong = load_panel(pair, data, sampling, graded=False)
     own = pair.load(student)
     result: Row = {"kind": KIND} | described(pair, data, sampling, panel, overlong)
-    rows = []
     with AnswerPool(fallback_number=sampling.fallback_number) as pool:
         drawn = draw_rollouts(pair, own, panel, pool, sampling, student.name)
         result["of_student"] = _of_rollouts(drawn)
-        for name, path in zip(pair.names(), teachers, strict=True):
+
+        def of_teacher(name: str, path: Path) -> Row:
             other = pair.load(path)
             values = token_values(pair, own, other, drawn, title=f"scoring by {name}")
             answered = draw_rollouts(pair, other, panel, pool, sampling, f"{name} answers")
             row: Row = {"name": name, "path": str(path), "settings": compare_settings(pair, path, data, panel)}
             row |= {"scoring": check_scoring(pair, own, other, drawn), "of_teacher": _of_rollouts(answered)}
             row |= measured(values, len(panel.problems)) | knowledge(drawn, answered, values)
-            rows.append(row | judged(row, len(panel.problems), pair.k))
-    result["teachers"] = rows
-    result["ranking"] = ranked(rows)
+            return row | judged(row, len(panel.problems), pair.k)
+
+        result["teachers"] = [of_teacher(*each) for each in zip(pair.names(), teachers, strict=True)]
+    result["ranking"] = ranked(result["teachers"])
     return plain(result)
 
 
@@ -180,6 +181,8 @@ def knowledge(drawn: Drawn, answered: Drawn, values: Values) -> Row:
     }
     shares["net"] = shares["new"] - shares["lost"]
     row: Row = {n: estimate(*ratio(x, ones, weights), len(mine)).row() for n, x in shares.items()}
+    # problems that nobody or everybody solves do not tell two models apart
+    row["told_apart"] = bool(0 < mine.sum() + theirs.sum() < mine.size + theirs.size)
     both = 0 < mine.sum() < mine.size
     scores = mean_rewards(values["reward"]).reshape(mine.shape)
     return {"knowledge": row, "reward": rank_separation(scores, mine, weights) if both else None}
@@ -196,8 +199,10 @@ def judged(row: Row, prompts: int, k: int) -> Row:
     for name in COMPATIBLE if k == K else COMPATIBLE[1:]:
         mean, error = row["metrics"][name]["mean"], row["metrics"][name]["error"]
         found[name] = verdict(mean, mean - t * error, mean + t * error, THRESHOLDS[name])
-    gain = row["knowledge"] and row["knowledge"]["accuracy_gain"]
-    new = verdict(gain["value"], gain["low"], gain["high"], THRESHOLDS["accuracy_gain"]) if gain else UNKNOWN
+    new = UNKNOWN
+    if row["knowledge"] and row["knowledge"]["told_apart"]:
+        gain = row["knowledge"]["accuracy_gain"]
+        new = verdict(gain["value"], gain["low"], gain["high"], THRESHOLDS["accuracy_gain"])
     order = (FAILS, DOUBT, HOLDS)
     return {
         "same": bool(same),
@@ -208,9 +213,9 @@ def judged(row: Row, prompts: int, k: int) -> Row:
 
 
 def verdict(value: float, low: float, high: float, threshold: Threshold) -> str:
-    """Holds or fails only where the whole 95 % interval says so; without one, where the value is off the threshold."""
+    """Holds or fails only where the whole 95 % interval says so; without one nothing does but no gain at all."""
     if not math.isfinite(low + high):
-        low = high = value
+        return FAILS if value == threshold.fails else DOUBT
     if low >= threshold.holds and low > threshold.fails:
         return HOLDS
     return FAILS if high <= threshold.fails else DOUBT

@@ -197,7 +197,11 @@ def _advice(result: Row, t: Row) -> list[str]:
                 "trained further by reinforcement learning (§3.2); a student of one that is no better regresses (§3.3)."
             )
     if t["new_knowledge"] == UNKNOWN:
-        found.append("knowledge: give problems with answers (data.answer=COLUMN).")
+        found.append(
+            "knowledge: give problems with answers (data.answer=COLUMN)."
+            if t["knowledge"] is None
+            else "knowledge: no problem tells the two apart; give others, a larger --max-response, or --last-number."
+        )
     if fades := t["fades"]:
         found.append(
             f"from {fades['from']:,} tokens on the overlap is lower than at the start by "
