@@ -32,8 +32,9 @@ from opd_jax.analysis.diagnose import (
     ranked,
     verdict,
 )
-from opd_jax.analysis.pair import Sampling, check_pair, load_panel
+from opd_jax.analysis.pair import Drawn, Sampling, check_pair, load_panel
 from opd_jax.config_files import parse_data
+from opd_jax.evaluation.heldout import Panel
 from opd_jax.models.hf import save_model
 
 SOURCE = parse_data(f"task:{tiny_runs.TASK}", ("chat=false", "limit=12"))
@@ -198,19 +199,30 @@ def test_ranking() -> None:
     assert ranked(rows) == ranked(rows[::-1]) == ["best", "near", "far", "worse"]
 
 
-def test_scoring_that_does_not_repeat_is_told(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(9))
-
-    def values(*_: Any, **__: Any) -> dict[str, np.ndarray]:
-        return {"logp": np.array([1.0, np.nan]), "logq": np.array([float(next(calls)), np.nan])}
-
-    monkeypatch.setattr(module, "token_values", values)
-    monkeypatch.setattr(module, "_first_batch", lambda drawn: drawn)
-    pair: Any = SimpleNamespace(dtype="float32")
+def test_scoring_that_does_not_repeat_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows in a batch of four, whose last only fills it up."""
+    drawn: Any = make_drawn()
+    values = {name: np.array([[1.0, np.nan], [2.0, 3.0], [4.0, 5.0]]) for name in ("logp", "logq")}
     network: Any = None
-    assert check_scoring(pair, network, network, network) == {"repeats": False, "packing": 2.0, "rounding": 2e-3}
-    monkeypatch.setattr(module, "token_values", lambda *_, **__: {n: np.array([1.0]) for n in ("logp", "logq")})
-    assert check_scoring(pair, network, network, network)["repeats"] is True
+    pair: Any = SimpleNamespace(dtype="float32")
+
+    def scored(packed: float, padded: float) -> dict[str, Any]:
+        def again(*_: Any, separate: bool = False, **__: Any) -> dict[str, np.ndarray]:
+            change = np.array([[0, 0], [0, 0], [0, padded if separate else packed], [9, 9]])
+            return {name: np.concatenate([x, x[:1]]) + change for name, x in values.items()}
+
+        monkeypatch.setattr(module, "token_values", again)
+        return check_scoring(pair, network, network, drawn, values)
+
+    assert scored(0, 0) == {"repeats": True, "packing": 0, "rounding": 2e-3}
+    assert scored(1e-7, 0)["repeats"] is False
+    assert scored(0, -0.5)["packing"] == 0.5
+
+
+def make_drawn() -> Drawn:
+    rollouts = tiny_runs.make_rollouts(4)
+    panel = Panel(rollouts.prompts, (np.arange(4),), 1, ("", "", ""), (None, None, None))
+    return Drawn(panel, rollouts, [], None, {})
 
 
 def test_what_is_advised(result: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
             values = token_values(pair, own, other, drawn, title=f"scoring by {name}")
             answered = draw_rollouts(pair, other, panel, pool, sampling, f"{name} answers")
             row: Row = {"name": name, "path": str(path), "settings": compare_settings(pair, path, data, panel)}
-            row |= {"scoring": check_scoring(pair, own, other, drawn), "of_teacher": _of_rollouts(answered)}
+            row |= {"scoring": check_scoring(pair, own, other, drawn, values), "of_teacher": _of_rollouts(answered)}
             row |= measured(values, len(panel.problems)) | knowledge(drawn, answered, values)
             return row | judged(row, len(panel.problems), pair.k)
 
@@ -132,24 +132,20 @@ def compare_settings(pair: Pair, teacher: Path, data: Data, panel: Panel) -> Row
     }
 
 
-def check_scoring(pair: Pair, student: Network, teacher: Network, drawn: Drawn) -> Row:
-    """Scores the first batch twice as it is packed, and once with one rollout a row: the first two have to be equal
-    bit by bit, the third within rounding."""
-    part = _first_batch(drawn)
-    once, twice = (token_values(pair, student, teacher, part, title=f"scoring again, {n}") for n in (1, 2))
-    padded = token_values(pair, student, teacher, part, title="scoring, one a row", separate=True)
-    gap = float(max(np.nanmax(np.abs(padded[name] - once[name])) for name in ("logp", "logq")))
-    same = all(np.array_equal(once[name], twice[name], equal_nan=True) for name in once)
-    return {"repeats": same, "packing": gap, "rounding": ROUNDING[str(pair.dtype)]}
-
-
-def _first_batch(drawn: Drawn) -> Drawn:
+def check_scoring(pair: Pair, student: Network, teacher: Network, drawn: Drawn, values: Values) -> Row:
+    """Scores the first batch once more as it is packed, and with one rollout a row: the former has to equal ``values``
+    bit by bit, the latter within rounding."""
     rows = drawn.panel.batches[0]
-    n = len(rows)
+    n, held = len(rows), rows < drawn.panel.rows
     rollouts = jax.tree.map(lambda x: np.asarray(x)[rows], drawn.rollouts)
-    return dataclasses.replace(
-        drawn, rollouts=rollouts, panel=Panel(rollouts.prompts, (np.arange(n),), 1, ("",) * n, (None,) * n)
-    )
+    panel = Panel(rollouts.prompts, (np.arange(n),), 1, ("",) * n, (None,) * n)
+    part = dataclasses.replace(drawn, rollouts=rollouts, panel=panel)
+    again = token_values(pair, student, teacher, part, title="scoring once more")
+    padded = token_values(pair, student, teacher, part, title="scoring, one a row", separate=True)
+    first = {name: x[rows[held]] for name, x in values.items()}
+    gap = max(float(np.nanmax(np.abs(padded[name][held] - first[name]))) for name in ("logp", "logq"))
+    same = all(np.array_equal(x, again[name][held], equal_nan=True) for name, x in first.items())
+    return {"repeats": same, "packing": gap, "rounding": ROUNDING[str(pair.dtype)]}
 
 
 def _of_rollouts(drawn: Drawn) -> Row:
