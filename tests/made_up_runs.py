@@ -15,9 +15,9 @@ BINS = 16
 HOSTILE = "</pre><script>alert(1)</script><img src='http://evil.example/x.png' onerror=alert(1)>"
 
 
-def metrics_at(step: int, share: float, rng: np.random.Generator, fails: bool = False) -> dict[str, Any]:
-    """A step's row. ``share``: of the way to the teacher; ``fails``: nothing moves."""
-    noise = lambda size: float(rng.normal(0, size))  # noqa: E731
+def metrics_at(step: int, share: float, rng: np.random.Generator | None, fails: bool = False) -> dict[str, Any]:
+    """A step's row. ``share``: of the run; ``rng``: None for no noise; ``fails``: nothing moves."""
+    noise = lambda size: float(rng.normal(0, size)) if rng else 0.0  # noqa: E731
     done = 0.0 if fails else 1 - np.exp(-4 * share)
     depth = np.linspace(0, 1, BINS)
     kl = 0.45 - 0.4 * done
@@ -60,8 +60,9 @@ def make_run(path: Path, steps: int = 200, fails: bool = False, samples: bool = 
                 writer.write(step, row)
             if step % 50 == 0 or step == steps:
                 names = ("reverse_kl", "overlap_ratio", "entropy_gap", "overlap_advantage", "student_entropy")
-                held_out = {n: row[n] for n in names} | {n + "_se": 0.01 for n in names}
-                accuracy = 0.3 + 0.4 * (row["overlap_ratio"] - 0.72) / 0.19
+                exact = metrics_at(step, step / steps, None, fails)
+                held_out = {n: exact[n] for n in names} | {n + "_se": abs(exact[n]) * 0.004 for n in names}
+                accuracy = 0.3 + 0.4 * (exact["overlap_ratio"] - 0.72) / 0.19
                 held_out |= {"who": "student", "accuracy": accuracy, "accuracy_se": 0.03, "problems": 64, "samples": 4}
                 writer.write_evaluation(step, held_out)
                 if samples and step in (0, steps):

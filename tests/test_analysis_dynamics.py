@@ -51,14 +51,14 @@ def rows_of(overlap: Sequence[float | None], **more: Sequence[float]) -> list[di
 def test_numbers_are_those_of_numpy_and_scipy(runs: list[RunDir]) -> None:
     (found,) = dynamics(runs[:1])["runs"]
     rows = read_rows(runs[0].metrics)
-    assert (found["measured_steps"], found["window"], found["steps"]) == (200, 20, [1, 200])
+    assert (found["measured_steps"], found["window"], found["steps"]) == (200, 10, [1, 200])
     assert set(found["metrics"]) == set(METRICS)
     for name, metric in found["metrics"].items():
         values = np.array([row[name] for row in rows])
-        first, last = values[:20], values[-20:]
+        first, last = values[:10], values[-10:]
         assert metric["values"] == values.tolist()
-        assert metric["first"]["steps"] == [1, 20]
-        assert metric["last"]["steps"] == [181, 200]
+        assert metric["first"]["steps"] == [1, 10]
+        assert metric["last"]["steps"] == [191, 200]
         for end, part in (("first", first), ("last", last)):
             assert metric[end]["mean"] == pytest.approx(part.mean())
             assert metric[end]["error"] == pytest.approx(stats.sem(part))
@@ -142,19 +142,25 @@ def test_gaps_are_left_out(tmp_path: Path) -> None:
 
 
 def signs_of(run: RunDir) -> dict[str, str]:
-    return dynamics([run])["runs"][0]["signs"]
+    return {name: sign["outcome"] for name, sign in dynamics([run])["runs"][0]["signs"].items()}
 
 
 def test_signs_and_words(runs: list[RunDir]) -> None:
     result = json.loads(json.dumps(plain(dynamics(runs))))  # as a stored result is shown
     good, flat = result["runs"]
-    assert good["signs"] == dict.fromkeys((sign.metric for sign in SIGNS), "success")
-    assert flat["signs"] == dict.fromkeys((sign.metric for sign in SIGNS), "flat")
+    for run, outcome in ((good, "success"), (flat, "flat")):
+        assert {name: sign["outcome"] for name, sign in run["signs"].items()} == {s.metric: outcome for s in SIGNS}
+        assert {sign["of"] for sign in run["signs"].values()} == {"on held-out prompts"}
     lead = section(result).lead
     assert lead[0].startswith("good: It shows " + GOOD)
-    first, last = (good["metrics"]["overlap_ratio"][end]["mean"] for end in ("first", "last"))
-    assert lead[1].startswith(f"Overlap@16 rises: {first:.3f} ± ")
-    assert f"→ {last:.3f} ±" in lead[1]
+    last = 0.72 + 0.19 * (1 - math.exp(-4))
+    errors = 0.004 * np.array([0.72, last])
+    half = stats.t.ppf(0.975, 63) * math.hypot(*errors)  # 64 problems
+    bounds = f"{last - 0.72 - half:.3f} … {last - 0.72 + half:.3f}"
+    assert lead[1] == (
+        f"Overlap@16 rises, on held-out prompts: 0.720 ± {errors[0]:.3f} (step 0) → {last:.3f} ± {errors[1]:.3f} "
+        f"(step 200), change {last - 0.72:.3f} (95 % {bounds})."
+    )
     assert "Entropy gap narrows" in lead[2]
     assert "Overlap-token advantage moves towards 0" in lead[3]
     assert any(text.startswith("flat: " + FLAT) for text in lead)
@@ -174,7 +180,7 @@ def test_signs_and_words(runs: list[RunDir]) -> None:
     [
         (0.70, 0.75, 0.005, "success"),
         (0.75, 0.70, 0.005, "opposite"),
-        (0.70, 0.705, 0.005, "flat"),
+        (0.70, 0.705, 0.003, "flat"),
         (0.70, 0.72, 0.2, "unclear"),
         (0.70, 0.715, 0.001, "flat"),  # it rises for certain, but by less than matters
     ],
@@ -184,6 +190,21 @@ def test_outcome_of_a_sign(start: float, end: float, noise: float, expected: str
     overlap = np.r_[np.full(20, start), np.full(20, end)] + noise * rng.normal(size=40).clip(-2, 2)
     run = run_of(tmp_path / "run", rows_of(overlap.tolist()))
     assert signs_of(run)["overlap_ratio"] == expected
+
+
+def test_one_evaluation_or_none_leaves_the_training_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", samples=False)
+    rows = [row for row in run.evaluations.read_text().splitlines() if '"step": 0' in row]
+    run.evaluations.write_text("\n".join(rows) + "\n")
+    result = dynamics([run])
+    found = result["runs"][0]
+    sign = found["signs"]["overlap_ratio"]
+    assert sign["of"] == "in training"
+    assert {part: sign[part] for part in ("first", "last", "change")} == {
+        part: found["metrics"]["overlap_ratio"][part] for part in ("first", "last", "change")
+    }
+    assert "Overlap@16 rises, in training:" in section(result).lead[1]
+    assert "(steps 1–10) →" in section(result).lead[1]
 
 
 def test_a_gap_that_widens_is_no_success(tmp_path: Path) -> None:
@@ -212,6 +233,11 @@ def test_a_late_collapse_and_alarms_are_told(tmp_path: Path) -> None:
     assert "Training warned at step 111: overlap with the teacher went from 0.90 to 0.75 (1 in all)" in lead
     steady = run_of(tmp_path / "steady", rows_of(overlap[:100].tolist()))
     assert dynamics([steady])["runs"][0]["fell_back"] is None
+    # an overlap that overshoots while the student still comes nearer is no collapse; with a KL that rises it is
+    nearer, away = (np.geomspace(1, end, 120) * rng.uniform(0.9, 1.1, 120) for end in (0.01, 3))
+    for name, kl in (("nearer", nearer), ("away", away)):
+        run = run_of(tmp_path / name, rows_of(overlap.tolist(), reverse_kl=kl.tolist()))
+        assert (dynamics([run])["runs"][0]["fell_back"] is None) == (name == "nearer")
 
 
 def test_a_run_that_began_at_its_goal_is_not_called_a_failure(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ METRICS = (
 )
 MAPPED = ("student_entropy", "reverse_kl")  # by output position and step, as in Fig. 13
 FEWEST = 6  # measured steps: two windows of three
-WINDOW = 3, 20  # least and most steps at each end; between them a tenth of the run
+WINDOW = 5, 20  # least and most steps at each end (of fewer than ten steps half); between them a twentieth of the run
 COLUMNS = 64  # of a heat map: groups of steps
-COLLAPSE = 4.0  # standard errors that the overlap has to fall below the best of its windows
+COLLAPSE = 4.0  # standard errors that the overlap has to end below the best of its windows, which is one of many
 
 
 class Sign(NamedTuple):
@@ -67,7 +67,7 @@ def dynamics(runs: Sequence[RunDir]) -> Row:
 
 
 def window_change(first: np.ndarray, last: np.ndarray) -> Row:
-    """Difference of two means with its 95 % interval by Welch's t; None for the bounds where nothing scatters."""
+    """Difference of two means with its 95 % interval by Welch's t."""
     variances = np.array([x.var(ddof=1) / len(x) for x in (first, last)])
     mean, error = float(last.mean() - first.mean()), math.sqrt(variances.sum())
     if error == 0:
@@ -106,9 +106,9 @@ def _of_run(run: RunDir, name: str) -> Row:
             f"{run.root}: {len(measured)} measured steps; first and last steps need {FEWEST}. Let the run go on, or "
             "set a lower metrics_every."
         )
-    window = int(np.clip(len(measured) // 10, *WINDOW))
+    window = min(int(np.clip(len(measured) // 20, *WINDOW)), len(measured) // 2)
     metrics = {n: found for n in METRICS if (found := _of_metric(measured, n, window))}
-    kept = ["step", "who", *(name + end for name in ("accuracy", *METRICS) for end in ("", "_se"))]
+    kept = ["step", "who", "problems", *(name + end for name in ("accuracy", *METRICS) for end in ("", "_se"))]
     evaluations = [{name: row[name] for name in kept if name in row} for row in read_rows(run.evaluations)]
     result: Row = {
         "name": name,
@@ -122,8 +122,8 @@ def _of_run(run: RunDir, name: str) -> Row:
         "evaluations": evaluations,
         "alarms": [{"step": row["step"], "text": row["alarm"]} for row in rows if row.get("alarm")],
     }
-    result["signs"] = {sign.metric: _outcome(sign, metrics[sign.metric]) for sign in SIGNS if sign.metric in metrics}
-    return result | {"fell_back": _fell_back(metrics["overlap_ratio"], window)}
+    signs = {sign.metric: found for sign in SIGNS if (found := _sign(sign, metrics, evaluations))}
+    return result | {"signs": signs, "fell_back": _fell_back(metrics, window)}
 
 
 def _settings(run: RunDir) -> tuple[str, Row]:
@@ -153,12 +153,32 @@ def _of_metric(rows: Sequence[Row], name: str, window: int) -> Row | None:
     return ends | found | {"steps": steps.astype(int).tolist(), "values": values.tolist()}
 
 
-def _outcome(sign: Sign, metric: Row) -> str:
+def _sign(sign: Sign, metrics: Row, evaluations: Sequence[Row]) -> Row | None:
+    """The change that a sign is read from: on held-out prompts if it was measured there, else between the windows."""
+    found = _held_out(evaluations, sign.metric)
+    if found is None and (metric := metrics.get(sign.metric)):
+        found = {"of": "in training"} | {part: metric[part] for part in ("first", "last", "change")}
+    return None if found is None else found | {"outcome": _outcome(sign, found)}
+
+
+def _held_out(evaluations: Sequence[Row], name: str) -> Row | None:
+    """First and last evaluation of the student. They are of the same prompts and random numbers, so that errors of a
+    change that take them for independent are too large rather than too small."""
+    held = [r for r in evaluations if r.get("who") != "teacher" and r.get(name) is not None and r.get(name + "_se")]
+    if len(held) < 2:
+        return None
+    first, last = ({"steps": [r["step"]] * 2, "mean": r[name], "error": r[name + "_se"]} for r in (held[0], held[-1]))
+    mean, error = last["mean"] - first["mean"], math.hypot(first["error"], last["error"])
+    half = -float(stdtrit(max(held[-1].get("problems", 2) - 1, 1), 0.025)) * error
+    change = {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"of": "on held-out prompts", "first": first, "last": last, "change": change}
+
+
+def _outcome(sign: Sign, found: Row) -> str:
     """A gain that is certain and matters, a loss that is, certainly neither, or too little data to tell."""
-    least = sign.least * (abs(metric["first"]["mean"]) if sign.relative else 1)
-    change = metric["change"]
-    gain, low, high = (sign.way * change[part] for part in ("mean", "low", "high"))
-    low, high = min(low, high), max(low, high)
+    least = sign.least * (abs(found["first"]["mean"]) if sign.relative else 1)
+    gain, *ends = (sign.way * found["change"][part] for part in ("mean", "low", "high"))
+    low, high = sorted(ends)
     if low > 0 and gain >= least:
         return SUCCESS
     if high < 0 and gain <= -least:
@@ -166,16 +186,22 @@ def _outcome(sign: Sign, metric: Row) -> str:
     return FLAT if -least < low and high < least else UNCLEAR
 
 
-def _fell_back(overlap: Row, window: int) -> Row | None:
-    """The best window of steps, if the overlap is clearly lower at the end (as when long responses collapse, §6.1)."""
-    steps, values = overlap["steps"], np.array(overlap["values"])
-    parts = np.lib.stride_tricks.sliding_window_view(values, window)
+def _fell_back(metrics: Row, window: int) -> Row | None:
+    """The window of steps of the best overlap, if at the end the overlap is clearly lower and the reverse KL higher, as
+    when long responses collapse (§6.1). An overlap that overshoots while the KL goes on falling is no collapse."""
+    overlap = metrics["overlap_ratio"]
+    parts = np.lib.stride_tricks.sliding_window_view(np.array(overlap["values"]), window)
     best = int(parts.mean(axis=1).argmax())
-    fall = parts[best].mean() - parts[-1].mean()
+    fall = -window_change(parts[best], parts[-1])["mean"]
     error = math.sqrt((parts[best].var(ddof=1) + parts[-1].var(ddof=1)) / window)
-    if fall < max(SIGNS[0].least, COLLAPSE * error):
+    kl = metrics.get("reverse_kl")
+    diverged = True
+    if kl and kl["steps"] == overlap["steps"]:
+        values = np.array(kl["values"])
+        diverged = window_change(values[best : best + window], values[-window:])["low"] > 0
+    if fall < max(SIGNS[0].least, COLLAPSE * error) or not diverged:
         return None
-    return {"steps": [steps[best], steps[best + window - 1]], "mean": float(parts[best].mean())}
+    return {"steps": [overlap["steps"][i] for i in (best, best + window - 1)], "mean": float(parts[best].mean())}
 
 
 def _map(rows: Sequence[Row], name: str, max_response: int) -> Row | None:
@@ -215,16 +241,18 @@ def section(result: Row) -> Section:
 def _in_words(run: Row, several: bool) -> list[str]:
     sentences = [f"{run['name']}: {_verdict(run)}" if several else _verdict(run)]
     for sign in SIGNS:
-        if outcome := run["signs"].get(sign.metric):
-            first, last, change = (run["metrics"][sign.metric][part] for part in ("first", "last", "change"))
+        if found := run["signs"].get(sign.metric):
             success, opposite, flat = sign.words
-            verb = {SUCCESS: success, OPPOSITE: opposite, FLAT: flat, UNCLEAR: "changes no more than its noise"}[
-                outcome
+            verbs = {SUCCESS: success, OPPOSITE: opposite, FLAT: flat, UNCLEAR: "changes too little to tell"}
+            first, last, change = (found[part] for part in ("first", "last", "change"))
+            steps = [
+                f"step{'s' * (a < b)} {'–'.join(map(str, sorted({a, b})))}" for a, b in (first["steps"], last["steps"])
             ]
-            ends = " → ".join(format_value((end["mean"], end["error"])) for end in (first, last))
             name = axis_label(sign.metric, run["k"]).partition(" (")[0]
             sentences.append(
-                f"{name[0].upper()}{name[1:]} {verb}: {ends}, change {format_value(change['mean'])} "
+                f"{name[0].upper()}{name[1:]} {verbs[found['outcome']]}, {found['of']}: "
+                f"{format_value((first['mean'], first['error']))} ({steps[0]}) → "
+                f"{format_value((last['mean'], last['error']))} ({steps[1]}), change {format_value(change['mean'])} "
                 f"(95 % {format_interval(change['low'], change['high'])})."
             )
     if fell := run["fell_back"]:
@@ -243,17 +271,17 @@ def _in_words(run: Row, several: bool) -> list[str]:
 
 
 def _verdict(run: Row) -> str:
-    outcomes = list(run["signs"].values())
+    outcomes = [found["outcome"] for found in run["signs"].values()]
     good, n = outcomes.count(SUCCESS), len(outcomes)
     if good == n:
         return f"It shows all {n} signs of a successful distillation (paper §4.1)."
     if outcomes.count(FLAT) == n:
-        start = run["metrics"]["overlap_ratio"]["first"]["mean"]
+        start = run["signs"]["overlap_ratio"]["first"]["mean"]
         near = start >= END_OF_SUCCESS
         but = (
             f" But the overlap began at {start:.2f}, where the paper's successful run ended: there was little to gain."
         )
-        return f"All {n} signs stay flat, as in the paper's failing runs (paper §4.1).{but if near else ''}"
+        return f"All {n} signs stay flat, as in the failing runs of the paper's §4.1.{but if near else ''}"
     counts = [f"{outcomes.count(what)} {text}" for what, text in _NOT_GOOD.items() if what in outcomes]
     return f"It shows {good} of the {n} signs of a successful distillation (paper §4.1); {', '.join(counts)}."
 
