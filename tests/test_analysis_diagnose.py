@@ -117,18 +117,18 @@ def rolled(correct: list[list[int]]) -> Any:
 
 
 def test_knowledge() -> None:
-    student = rolled([[0, 0], [1, 0], [1, 1], [0, 0]])
-    teacher = rolled([[1, 0], [1, 1], [0, 0], [0, 0]])
-    rewards = {"reward": np.arange(8.0)[:, None]}
+    student = rolled([[0, 0], [1, 0], [1, 1], [0, 0], [0, 0]])
+    teacher = rolled([[1, 0], [1, 1], [0, 0], [0, 0], [1, 1]])
+    rewards = {"reward": np.arange(10.0)[:, None]}
     found = knowledge(student, teacher, rewards)
     of = found["knowledge"]
-    assert (of["new"]["value"], of["lost"]["value"], of["net"]["value"]) == (1 / 4, 1 / 4, 0)
-    assert of["accuracy_gain"]["value"] == pytest.approx((0.5 + 0.5 - 1 + 0) / 4)
+    assert (of["new"]["value"], of["lost"]["value"], of["net"]["value"]) == (2 / 5, 1 / 5, pytest.approx(1 / 5))
+    assert of["accuracy_gain"]["value"] == pytest.approx((0.5 + 0.5 - 1 + 0 + 1) / 5)
     right = [2, 4, 5]
-    expected = np.mean([a > b for a in right for b in {*range(8)} - {*right}])
+    expected = np.mean([a > b for a in right for b in {*range(10)} - {*right}])
     assert found["reward"]["auroc"]["value"] == pytest.approx(expected)
     assert of["told_apart"]
-    never = rolled([[0, 0]] * 4)
+    never = rolled([[0, 0]] * 5)
     found = knowledge(never, never, rewards)
     assert not found["knowledge"]["told_apart"]
     assert found["reward"] is None
