@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from opd_jax.analysis.dynamics import METRICS, SIGNS, dynamics, section, trend, window_change
+from opd_jax.cli import main
 from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
 from opd_jax.tracking.labels import axis_label
@@ -267,3 +269,23 @@ def test_runs_without_the_data_are_refused(tmp_path: Path) -> None:
         dynamics([run_of(tmp_path / "short", rows_of([0.5] * 5))])
     with pytest.raises(InputError, match="0 steps, none"):
         dynamics([run_of(tmp_path / "empty", [])])
+
+
+def test_the_command_writes_into_the_run_and_the_report_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "kept as it is")
+    run, json_path = make_run(tmp_path / "run", steps=20, samples=False), tmp_path / "result.json"
+    for arguments in (["analyze", "dynamics", run.root, "--json", json_path], ["report", run.root]):
+        monkeypatch.setattr("sys.argv", ["opd", *map(str, arguments)])
+        main()
+    said = section(json.loads(json_path.read_text())).lead
+    assert json.loads(json_path.read_text()) == json.loads((run.analysis / "dynamics.json").read_text())
+    report, printed = run.report.read_text(), capsys.readouterr().out
+    assert "<h2>Dynamics</h2>" in report
+    for text in said:
+        assert text in printed
+        assert html.escape(text) in report
+    assert {path.name for path in run.analysis.iterdir()} >= {"dynamics.html", "dynamics-1.png"}
+    assert 'aria-label="student entropy (nats) by output position and step"' in report
+    assert 'aria-label="student entropy (nats) over steps"' not in report  # that is one of the run's own curves

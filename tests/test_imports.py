@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": BASE | {"models", "data", "tracking"},
     "generate": BASE | {"models", "sampling", "data", "tracking"},
     "evaluation": SCORING | {"teacher", "data", "tracking", "generate"},
-    "analysis": SCORING | {"teacher", "evaluation", "data", "tracking"},
+    "analysis": SCORING | {"teacher", "evaluation", "data", "tracking", "generate"},
     "training": SCORING | EDGE | {"teacher", "objectives", "evaluation"},
 }
 # these may import everything, and only they are imported by each other
