@@ -216,6 +216,19 @@ def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(engine:
     assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True) for name, value in first.items()}
 
 
+def test_without_samples_no_tokens_are_listed() -> None:
+    rows = pack(tiny_runs.make_rollouts())
+    hidden = jax.ShapeDtypeStruct((*rows.tokens.shape, TEACHER.width), jnp.float32)
+    head = jax.ShapeDtypeStruct((TEACHER.vocab_size, TEACHER.width), jnp.float32)
+    params = jax.eval_shape(lambda: tiny_runs.params_of(STUDENT, 0))
+    for shown, names in ((0, set()), (99, set(BY_TOKEN))):
+        measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=None, shown=shown)
+        _, tokens = jax.eval_shape(measure, params, rows, hidden, head)
+        assert set(tokens) == names
+        assert {len(x.shape) for x in tokens.values()} == ({2, 3} if shown else set())
+        assert {x.shape[0] for x in tokens.values()} == ({rows.tokens.shape[0]} if shown else set())
+
+
 def test_texts_of_tokens() -> None:
     """A tokenizer that marks words by a space in front, and drops that of the first (as SentencePiece's do)."""
 

@@ -98,6 +98,6 @@ def stored(directory: epath.Path, sections: Sections) -> list[Section]:
                 found.append(sections[result["kind"]](result))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             raise InputError(
-                f"{path}: not a result of `opd analyze` as this version writes it ({e!r}). Delete it."
+                f"{path}: not a result of `opd analyze` as this version writes it ({e!r}). Analyse again, or delete it."
             ) from e
     return found
