@@ -117,7 +117,7 @@ def test_a_student_that_is_its_teacher(paths: Path) -> None:
     assert [part["start"] for part in result["by_depth"]["overlap_ratio"]] == [0, 2]
     shown = depth.section(result)
     assert "no change of the teacher's advantage is certain" in shown.lead[-1]
-    assert [len(plot.draw().axes) for plot in shown.plots] == [2, 3]
+    assert [len(plot.draw().axes) for plot in shown.plots] == [1] * 5
 
 
 def test_rows_that_reach_a_depth_and_their_prompts() -> None:

@@ -234,23 +234,18 @@ def _plots(result: Row) -> list[Plot]:
     gap = {"all rollouts": series("difference")}
     if rows[0]["rollouts"] > rows[-1]["rollouts"]:
         gap[f"those beyond {deepest:,} tokens"] = series("difference", deep=True)
-    accuracy = {"accuracy of continuations": {name: series(name) for name in MODELS}, "teacher − student": gap}
+    accuracy = {name: series(name) for name in MODELS}
     of = result["by_depth"]
-    curves = {
-        "reverse_kl": {"reverse KL": of["reverse_kl"]},
-        "student_entropy": {name: of[f"{name}_entropy"] for name in MODELS},
-        "overlap_ratio": {"overlap": of["overlap_ratio"]},
-    }
-    labels = {
-        "reverse_kl": axis_label("reverse_kl"),
-        "student_entropy": "entropy (nats)",
-        "overlap_ratio": "overlap ratio",
-    }
+    kl, overlap, entropies = of["reverse_kl"], of["overlap_ratio"], {name: of[f"{name}_entropy"] for name in MODELS}
     return [
         Plot(
-            "Accuracy of student's and teacher's continuations by depth of the cut", lambda: figures.at_depths(accuracy)
+            "Accuracy of student's and teacher's continuations by depth of the cut",
+            lambda: figures.at_depths(accuracy, "accuracy of continuations"),
         ),
-        Plot("Reverse KL, entropies and overlap by position", lambda: figures.by_depth(curves, labels)),
+        Plot("Their difference", lambda: figures.at_depths(gap, "teacher − student", zero=True)),
+        Plot("Reverse KL by position", lambda: figures.by_depth({"": kl}, axis_label("reverse_kl"))),
+        Plot("Entropies by position", lambda: figures.by_depth(entropies, "entropy (nats)")),
+        Plot("Overlap by position", lambda: figures.by_depth({"": overlap}, axis_label("overlap_ratio", result["k"]))),
     ]
 
 

@@ -159,19 +159,23 @@ def section(result: Row) -> Section:
         Table("mean reward, nats per token", ["teacher", "right", "wrong", "difference", "95 %"], means),
         *(Table(f"{t['name']}: reward by position, nats per token", *_position_rows(t)) for t in result["teachers"]),
     ]
-    histograms = {t["name"]: {kind: t["histogram"][kind] for kind in ("right", "wrong")} for t in result["teachers"]}
-    edges = [t["histogram"]["edges"] for t in result["teachers"]]
-    plots = [
+    plots = [plot for t in result["teachers"] for plot in _plots(t)]
+    return Section(KIND, f"Reward of {Path(result['student']).name}'s rollouts", _lead(result), tables, plots)
+
+
+def _plots(teacher: Row) -> list[Plot]:
+    name, bars = teacher["name"], teacher["histogram"]
+    counts = {kind: bars[kind] for kind in ("right", "wrong")}
+    return [
         Plot(
-            "Histograms of the sequence mean reward of right and of wrong rollouts, one panel a teacher",
-            lambda: figures.histograms(histograms, "sequence mean reward (nats/token)", edges),
+            f"{name}: histograms of the sequence mean reward of right and of wrong rollouts",
+            lambda: figures.histogram(counts, bars["edges"], "sequence mean reward (nats/token)", name),
         ),
         Plot(
-            "Reward of right and of wrong rollouts by output position, with standard errors",
-            lambda: figures.by_depth({t["name"]: t["by_depth"] for t in result["teachers"]}, "reward (nats/token)"),
+            f"{name}: reward of right and of wrong rollouts by output position, with standard errors",
+            lambda: figures.by_depth(teacher["by_depth"], "reward (nats/token)", name),
         ),
     ]
-    return Section(KIND, f"Reward of {Path(result['student']).name}'s rollouts", _lead(result), tables, plots)
 
 
 def _position_rows(teacher: Row) -> tuple[list[str], list[list[Any]]]:

@@ -59,12 +59,15 @@ def section(result: Row) -> Section:
             [[_short(name, result["k"]), t.holds, t.fails, t.source] for name, t in THRESHOLDS.items()],
         ),
     ]
-    curves = {name: {t["name"]: t["by_depth"][name] for t in teachers} for name in BY_DEPTH}
-    labels = {name: axis_label(name, result["k"]) for name in BY_DEPTH}
-    plots = [Plot("Metrics of each teacher by output position", lambda: figures.by_depth(curves, labels))]
+    plots = [_plot(name, teachers, result["k"]) for name in BY_DEPTH]
     return Section(
         KIND, f"Does it fit? {_student(result)} ← {', '.join(names)}", _lead(result, teachers), tables, plots
     )
+
+
+def _plot(name: str, teachers: Sequence[Row], k: int) -> Plot:
+    label, curves = axis_label(name, k), {t["name"]: t["by_depth"][name] for t in teachers}
+    return Plot(f"{label} of each teacher by output position", lambda: figures.by_depth(curves, label))
 
 
 def _accuracy_rows(result: Row, teachers: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
