@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from opd_jax import __version__
+from opd_jax.analysis_commands import analyze_app, diagnose, known_sections
 from opd_jax.data_commands import data_app
 from opd_jax.result_files import JsonPath, check_writable, write_json
 
@@ -39,6 +40,8 @@ def _version(wanted: bool) -> None:
 
 
 app.add_typer(data_app, name="data")
+app.add_typer(analyze_app, name="analyze")
+app.command()(diagnose)
 
 
 @app.callback()
@@ -334,7 +337,7 @@ def report(
     check_writable("--out", None if out is None or is_remote(out) else Path(out))
     found = [existing_run(store_path(run)) for run in runs]
     target = store_path(out) if out else found[0].report
-    write_report(found, target)
+    write_report(found, target, known_sections())
     console.print(str(target))
 
 

@@ -189,6 +189,32 @@ REPORT = [
     (["{run}", "--out", "absent/report.html"], "--out absent/report.html: cannot be written"),
     ([], "Missing argument"),
 ]
+ANALYZE = [
+    (["dynamics", "absent"], "absent: no run here"),
+    (["dynamics", "{run}"], "begun/config.yaml: not the configuration of a run"),
+    (["dynamics", "{strange}"], "strange/config.yaml: not the configuration of a run"),
+    (["dynamics", "{run}", "--out", "absent/a/b"], "--out absent/a/b"),
+    (["dynamics", "{run}", "--out", "{models}/file"], "is a file"),
+    (["dynamics", "{run}", "--json", "absent/x.json"], "--json absent/x.json"),
+    (["dynamics"], "Missing argument"),
+    (["reward", "{models}/good", "task:products-5x2"], "expected STUDENT, at least one TEACHER, and SOURCE"),
+    (["reward", "{models}/good", "{models}/other", "task:products-5x2"], "other: student and teacher have different"),
+    (["reward", "{models}/good", "{models}/good", "{models}/no_answers.jsonl", "chat=false"], "no answer (id"),
+    (["reward", *["{models}/good"] * 2, "task:products-5x2", "chat=false"], "Give --max-response 58 or less"),
+    (["reward", "{models}/good", "{models}/good", "absent.jsonl"], "absent.jsonl: no such file"),
+    (["depth", "{models}/good", "{models}/good", "task:products-5x2"], "Missing option '--depths'"),
+    (["depth", "{models}/good", "{models}/good", "task:products-5x2", "--depths", "1,x"], "--depths 1,x: expected"),
+    (["depth", "{models}/good", "{models}/good", "task:products-5x2", "--depths", "1024"], "to below --max-response"),
+    (["depth", *["{models}/good"] * 3, "task:products-5x2", "--depths", "1"], "found 2 teachers"),
+]
+DIAGNOSE = [
+    (["{models}/good", "{models}/other", "--prompts", "task:products-5x2"], "different tokenizers"),
+    (["{models}/good", "{models}/narrow", "--prompts", "task:products-5x2"], "19 output ids, its tokenizer 21"),
+    (["{models}/good", "--prompts", "task:products-5x2"], "expected STUDENT, at least one TEACHER"),
+    (["{models}/good", "{models}/good"], "Missing option '--prompts'"),
+    (["{models}/good", "{models}/good", "--prompts", "task:products-5x2", "chat=maybe"], "chat: Input should be"),
+    (["{models}/good", "{models}/good", "--prompts", "task:products-5x2", "--out", "{models}/file"], "is a file"),
+]
 DEMO = [
     (["--out", "{models}"], "not empty"),
     (["--out", "{models}/file"], "not a directory"),
@@ -204,6 +230,8 @@ CASES = {
     "import": IMPORT,
     "export": EXPORT,
     "report": REPORT,
+    "analyze": ANALYZE,
+    "diagnose": DIAGNOSE,
     "demo": DEMO,
 }
 MISTAKES = [(name, a, said) for name, cases in CASES.items() for a, said in cases]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,9 @@ from tiny_runs import STUDENT, TEACHER, VOCAB
 from opd_jax.data.pipeline import stack_prompts
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.heldout import (
+    BY_TOKEN,
+    DETAILED,
+    LISTED,
     MEASURED,
     Panel,
     batches_of,
@@ -25,6 +29,7 @@ from opd_jax.evaluation.heldout import (
     mean_metrics,
     ratio_with_error,
     sample_panel,
+    token_row,
     token_texts,
 )
 from opd_jax.evaluation.summary import summarise_lengths
@@ -34,8 +39,9 @@ from opd_jax.sampling.decode import Engine, make_engine
 from opd_jax.sampling.law import Law
 from opd_jax.sampling.packing import pack
 from opd_jax.teacher import make_score
-from opd_jax.types import Params
+from opd_jax.types import Params, Rollouts
 
+SHOWN = 3  # sequences of a batch
 ONE = Layout(make_mesh(1, devices=jax.devices()[:1]))
 
 
@@ -131,26 +137,51 @@ def test_ratio_with_error_at_the_ends() -> None:
     assert mean == 2.5
 
 
+def of_shown(panel: Panel) -> np.ndarray:
+    """Panel rows whose tokens are measured, in the order in which they come."""
+    return np.concatenate([rows[:SHOWN] for rows in panel.batches])
+
+
+def check_tokens(tokens: dict[str, np.ndarray], out: Rollouts, reverse_kl_B: np.ndarray) -> None:
+    """Each token's values in their place: against what the sampler knew, and against their sums."""
+    inside = tiny_runs.response_mask(out)
+    assert set(tokens) == set(BY_TOKEN)
+    for name, values in tokens.items():
+        assert values.shape[:2] == inside.shape, name
+        assert not values[~inside].any(), name
+    np.testing.assert_allclose(tokens["reverse_kl"].sum(1), reverse_kl_B, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tokens["logp"][inside], np.asarray(out.logp)[inside], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(tokens["student_top_ids"][..., :4][inside], np.asarray(out.topk_ids)[inside])
+    np.testing.assert_allclose(
+        tokens["student_top_logp"][..., :4][inside], np.asarray(out.topk_logp)[inside], rtol=1e-4, atol=1e-5
+    )
+    listed = tokens["teacher_top_ids"] == np.asarray(out.tokens)[..., None]
+    held = listed & inside[..., None]
+    assert held.any()
+    whole = np.broadcast_to(tokens["logq"][..., None], held.shape)
+    np.testing.assert_allclose(tokens["teacher_top_logp"][held], whole[held], rtol=1e-5)
+    assert (
+        tokens["logq"][inside & ~listed.any(-1)] <= tokens["teacher_top_logp"][inside & ~listed.any(-1)][:, -1]
+    ).all()
+
+
 def evaluate(student: Params, teacher: Params, network: DecoderConfig, panel: Panel, engine: Engine) -> dict[str, Any]:
     score = make_score(network, dtype=jnp.float32, layout=ONE, micro_batch=1)
-    measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE, micro_batch=1)
+    measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=ONE, micro_batch=1, shown=SHOWN)
     rollouts = sample_panel(engine, engine.cast(student), panel, Law(), 0, 6)
     measured, by_token = [], []
     for out in batches_of(rollouts, panel):
         rows = pack(out)
         scores = score(teacher, rows)
-        sums, kl_BR = measure(student, rows, scores.hidden, scores.head)
-        # each token's value in its place: nothing past the end, the rows' sums, and not the same everywhere
-        kl_BR = np.asarray(kl_BR)[: len(out.lengths)]
-        assert not kl_BR[~tiny_runs.response_mask(out)].any()
+        sums, tokens = measure(student, rows, scores.hidden, scores.head)
         total, count = (np.asarray(x)[: len(out.lengths)] for x in sums["reverse_kl"])
-        np.testing.assert_allclose(kl_BR.sum(1), total, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(count, out.lengths)
-        by_token.append(kl_BR)
+        check_tokens(jax.device_get(tokens), jax.tree.map(lambda x: x[:SHOWN], out), total[:SHOWN])
+        by_token.append(tokens["reverse_kl"])
         measured.append(sums)
     per_row = collect(measured, panel)
     assert {np.shape(total) for total, _ in per_row.values()} == {(panel.rows,)}
-    kl = {"kl_by_token": collect(by_token, panel).tolist()}
+    kl = {"kl_by_token": np.concatenate(by_token)[np.argsort(of_shown(panel))].tolist()}
     lengths = summarise_lengths(rollouts.lengths[: panel.rows], rollouts.stopped[: panel.rows], panel.samples)
     return mean_metrics(per_row, panel) | lengths | kl
 
@@ -181,8 +212,21 @@ def test_an_evaluation_repeats_itself_and_does_not_depend_on_its_batches(engine:
     assert 0 <= first["overlap_ratio"] < 1
     assert first["eos_rate"] == 1 - first["truncation_rate"]
     other = evaluate(student, teacher, TEACHER, panel_of(5, 1, 5), engine)
-    np.testing.assert_allclose(other.pop("kl_by_token"), first.pop("kl_by_token"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(other.pop("kl_by_token"), first.pop("kl_by_token")[:SHOWN], rtol=1e-4, atol=1e-5)
     assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True) for name, value in first.items()}
+
+
+def test_without_samples_no_tokens_are_listed() -> None:
+    rows = pack(tiny_runs.make_rollouts())
+    hidden = jax.ShapeDtypeStruct((*rows.tokens.shape, TEACHER.width), jnp.float32)
+    head = jax.ShapeDtypeStruct((TEACHER.vocab_size, TEACHER.width), jnp.float32)
+    params = jax.eval_shape(lambda: tiny_runs.params_of(STUDENT, 0))
+    for shown, names in ((0, set()), (99, set(BY_TOKEN))):
+        measure = make_measure(STUDENT, k=4, vocab_size=VOCAB, dtype=jnp.float32, layout=None, shown=shown)
+        _, tokens = jax.eval_shape(measure, params, rows, hidden, head)
+        assert set(tokens) == names
+        assert {len(x.shape) for x in tokens.values()} == ({2, 3} if shown else set())
+        assert {x.shape[0] for x in tokens.values()} == ({rows.tokens.shape[0]} if shown else set())
 
 
 def test_texts_of_tokens() -> None:
@@ -193,3 +237,21 @@ def test_texts_of_tokens() -> None:
             return "".join([" three", " blind", " mi", "ce"][i] for i in ids).strip()
 
     assert token_texts([0, 1, 2, 3, 2], Words()) == ["three", " blind", " mi", "ce", " mi"]
+
+
+@pytest.mark.parametrize("n", [1, 2 * DETAILED, 2 * DETAILED + 1, 3000])
+def test_a_sample_row_holds_the_ends_of_a_response(n: int) -> None:
+    """Values of the first and the last tokens, at their tokens; a row stays below 200 kB of values."""
+    rng = np.random.default_rng(n)
+    tokens, scale = rng.integers(10, 20, n), np.arange(n, dtype=np.float32)
+    lists = rng.integers(10, 20, (n, LISTED))
+    by_token = {name: scale / 8 for name in ("reverse_kl", "logp", "logq")}
+    for who in ("student", "teacher"):
+        by_token |= {f"{who}_top_ids": lists, f"{who}_top_logp": np.log(np.full((n, LISTED), 0.125))}
+    row = token_row(tokens, by_token, Letters())
+    assert row["tokens"] == [rf"\boxed{{{i - 10}}}" for i in tokens]
+    kept = [i for i in range(n) if i < DETAILED or i >= n - DETAILED]
+    assert row["logq"] == row["kl_by_token"] == [round(i / 8, 4) for i in kept]
+    for who in ("top_student", "top_teacher"):
+        assert row[who] == [[[rf"\boxed{{{i - 10}}}", 0.125] for i in lists[j]] for j in kept]
+    assert len(json.dumps({k: v for k, v in row.items() if k != "tokens"})) < 300_000

@@ -154,8 +154,12 @@ def rows(run: Path, log: str) -> list[dict[str, Any]]:
 def assert_same_numbers(got: Path, want: Path) -> None:
     texts, wanted = rows(got, "samples"), rows(want, "samples")
     for a, b in zip(texts, wanted, strict=True):
-        # written with six digits, which rounding on another mesh may turn
-        np.testing.assert_allclose(a.pop("kl_by_token", 0), b.pop("kl_by_token", 0), rtol=1e-4, atol=1e-5)
+        # written with four decimals, or three digits, of which rounding on another mesh may turn the last
+        for name in ("kl_by_token", "logp", "logq"):
+            np.testing.assert_allclose(a.pop(name, 0), b.pop(name, 0), rtol=1e-4, atol=2e-4, err_msg=name)
+        for name in ("top_student", "top_teacher"):
+            lists = [[[p for _, p in listed] for listed in row.pop(name, ())] for row in (a, b)]
+            np.testing.assert_allclose(*lists, rtol=0.02, err_msg=name)
     assert texts == wanted
     assert len(rows(got, "metrics")) == STEPS
     for log in ("metrics", "evaluations"):

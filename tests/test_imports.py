@@ -33,11 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": BASE | {"models", "data", "tracking"},
     "generate": BASE | {"models", "sampling", "data", "tracking"},
     "evaluation": SCORING | {"teacher", "data", "tracking", "generate"},
-    "analysis": SCORING | {"teacher", "evaluation", "data", "tracking"},
+    "analysis": SCORING | {"teacher", "evaluation", "data", "tracking", "generate"},
     "training": SCORING | EDGE | {"teacher", "objectives", "evaluation"},
 }
 # these may import everything, and only they are imported by each other
-TOP = {"cli", "data_commands", "demo", "paper", "plan", "recipe", "result_files"}
+TOP = {"cli", "analysis_commands", "data_commands", "demo", "paper", "plan", "recipe", "result_files"}
 for top in TOP:
     MAY_IMPORT[top] = set(MAY_IMPORT) | TOP
 MAY_IMPORT["__init__"] = set()  # `import opd_jax` stays light

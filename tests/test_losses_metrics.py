@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.losses import Objective, distillation_loss, kl_estimators
+from opd_jax.losses import Objective, distillation_loss, kl_estimators, position_metrics
 
 K, BINS = 4, 3
 
@@ -76,6 +76,23 @@ def test_metrics_equal_brute_force_in_every_mode(objective):
         np.testing.assert_allclose(got[name], (sums.sum(), counts.sum()), atol=1e-10, err_msg=name)
         np.testing.assert_allclose(got[f"{name}_by_position"], (sums, counts), atol=1e-10, err_msg=name)
     assert 0 < got["overlap_advantage"][1] < mask.sum()
+
+
+def test_lists_and_log_probabilities_of_each_side():
+    s, t, y, mask = problem()
+    lists = {"logp", "logq", *(f"{who}_top_{what}" for who in ("student", "teacher") for what in ("ids", "logp"))}
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in (s, np.eye(30), t, np.eye(30), y, mask)]
+        got = jax.device_get(position_metrics(*arrays, k=2, lists=5))
+        assert set(got) - set(position_metrics(*arrays, k=2)) == lists
+    for b, i in zip(*np.nonzero(mask), strict=True):
+        for who, one, z in (("student", "logp", s[b, i]), ("teacher", "logq", t[b, i])):
+            log, ids = np.log(softmax(z)), np.argsort(-z)[:5]
+            np.testing.assert_array_equal(got[f"{who}_top_ids"][b, i], ids)
+            np.testing.assert_allclose(got[f"{who}_top_logp"][b, i], log[ids], rtol=1e-10)
+            np.testing.assert_allclose(got[one][b, i], log[y[b, i]], rtol=1e-10)
+        p, q = np.argsort(-s[b, i])[:2], np.argsort(-t[b, i])[:2]  # the metrics are those of k = 2
+        assert got["overlap_ratio"][b, i] == len(set(p) & set(q)) / 2
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_not():

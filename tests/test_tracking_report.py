@@ -1,9 +1,11 @@
 """Plots and the HTML report: axes, data, missing keys, hostile texts, no reference to the network."""
 
+import html
 import html.parser
 import json
 import math
 import re
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from opd_jax.config_files import dump_config, parse_config
 from opd_jax.errors import InputError
-from opd_jax.tracking import plots, report
+from opd_jax.tracking import plots
 from opd_jax.tracking.report import gap_recovery, write_report
 from opd_jax.tracking.run_dir import open_run
 from opd_jax.tracking.writers import MetricWriter
@@ -256,22 +258,74 @@ def test_figures_are_saved_as_png_and_svg(tmp_path):
 
 
 def test_style_file_is_part_of_the_package():
-    assert (report.resources.files("opd_jax.tracking") / "report.css").is_file()
+    assert (resources.files("opd_jax.tracking") / "report.css").is_file()
 
 
-def test_tokens_are_coloured_by_their_divergence(tmp_path):
+def _spans(text, number=0):
+    """(class, tabindex, what is shown on pointing, text) of the tokens of a rollout."""
+    shown = text.split("<pre>")[number + 1].partition("</pre>")[0]
+    found = re.findall(r'<span(?: class="(.*?)")? tabindex="(.*?)" data-t="(.*?)">(.*?)</span>', shown, re.DOTALL)
+    return [tuple(html.unescape(part) for part in span) for span in found]
+
+
+def test_tokens_of_older_runs_are_coloured_by_their_divergence(tmp_path):
     run = _run(tmp_path / "run", empty=True)
     tokens, kl = ["a", " <b>", "\n", HOSTILE, "e"], [0.01, 0.3, None, 2.5, 0.05]
     with MetricWriter(run) as writer:
         writer.write_samples(1, [{"problem": "p", "response": "without", "tokens": tokens, "kl_by_token": kl}])
-        writer.write_samples(2, [{"problem": "p", "response": "cut short", "tokens": tokens, "kl_by_token": kl[:2]}])
+        writer.write_samples(2, [{"problem": "p", "response": "cut short", "tokens": tokens, "kl_by_token": kl[:3]}])
     text, page = _page(run, run.report)
-    shown = text.partition("<pre>")[2].partition("</pre>")[0]
-    spans = re.findall(r'<span class="(kl\d)" title="(.*?) nats">', shown)
-    assert spans == [("kl2", "0.300"), ("kl5", "2.500"), ("kl1", "0.050")]
-    assert re.sub(r"<.*?>", "", shown).startswith("a &lt;b&gt;\n&lt;/pre&gt;")
+    assert [(css, shown) for css, _, _, shown in _spans(text)] == list(
+        zip(["", "k2", "", "k5", "k1"], tokens, strict=True)
+    )
+    assert [t for *_, t, _ in _spans(text)][:2] == ["`a`  KL\xa00.010", "`␣<b>`  KL\xa00.300"]
+    assert "samples only-kl" in text
     assert "script" not in page.tags
     assert "cut short" in page.text  # values that do not fit the tokens are not drawn
+
+
+def _sample(n, known):
+    """A response of ``n`` tokens with values of the first and last ``known / 2``."""
+    at = [*range(known // 2), *range(n - known // 2, n)]
+    return {
+        "who": "student", "problem": "p", "response": "text", "tokens": [f" <{i}>" for i in range(n)],
+        "kl_by_token": [0.1] * known, "logp": [math.log(0.01)] * known,
+        "logq": [math.log(0.01) + (i % 9 - 4) / 2 for i in at],
+        "top_student": [[[f"<s{i}>", 0.5], ["\n", 0.00003]] for i in at], "top_teacher": [[["t", None]]] * known,
+    }  # fmt: skip
+
+
+def test_tokens_are_coloured_by_their_advantage(tmp_path):
+    run = _run(tmp_path / "run", empty=True)
+    with MetricWriter(run) as writer:
+        writer.write_samples(0, [{"who": "teacher", "problem": "p", "response": "as the teacher says"}, _sample(9, 4)])
+        writer.write_samples(5, [_sample(8, 8)])
+    text, page = _page(run, run.report)
+    assert "samples only-kl" not in text
+    spans = _spans(text)
+    # −2, −1.5, then 1.5, 2 nats: the middle of the response has no values
+    assert [css for css, *_ in spans] == ["n4 k1", "n3 k1", "p3 k1", "p4 k1"]
+    assert [shown for *_, shown in spans] == [" <0>", " <1>", " <7>", " <8>"]
+    assert spans[2][2].replace("\xa0", " ") == (
+        "`␣<7>`  p 0.01  q 0.0448  log q − log p +1.50  KL 0.100\nstudent: `<s7>` 0.500  `⏎` 3e-05\nteacher: `t` –"
+    )
+    assert "".join(f" <{i}>" for i in range(9)) in page.text
+    assert "first and last 2 of 9 tokens" in page.text
+    whole = _spans(text, 1)
+    assert [css for css, *_ in whole] == ["n4 k1", "n3 k1", "n3 k1", "n2 k1", "k1", "p2 k1", "p3 k1", "p3 k1"]
+    assert [tab for _, tab, *_ in whole] == ["0"] * 4 + ["-1"] + ["0"] * 3  # where nothing differs, Tab does not stop
+    assert page.text.index("as the teacher says") > page.text.index("step 5")
+
+
+def test_a_rollout_of_any_length_stays_small(tmp_path):
+    run = _run(tmp_path / "run", empty=True)
+    with MetricWriter(run) as writer:
+        writer.write_samples(0, [{"problem": "long text", "response": "x" * 50_000}, _sample(30_000, 768)])
+    text, page = _page(run, run.report)
+    assert len(text) < 500_000
+    assert "… 30,000 more characters in samples.jsonl" in page.text
+    tabs = [tab for _, tab, *_ in _spans(text, 1)]
+    assert (len(tabs), tabs.count("0")) == (768, 12)
 
 
 def test_an_alarm_is_in_the_report(tmp_path):

@@ -93,6 +93,8 @@ def look_at(run: RunDir, kind: str) -> None:
     assert {row["step"] for row in samples} == {0, 2, 4, 6, 7}
     for row in samples if kind == "opd" else []:
         assert len(row["tokens"]) == len(row["kl_by_token"]) <= 10
+        assert {len(row[name]) for name in ("logp", "logq", "top_student", "top_teacher")} == {len(row["tokens"])}
+        assert {len(listed) for listed in row["top_teacher"]} == {5}
         assert "".join(row["tokens"]).strip().startswith(row["response"][:3])
     if kind == "opd":
         evaluation = {row["step"]: row["reverse_kl"] for row in read_rows(run.evaluations) if row["who"] == "student"}

@@ -47,6 +47,18 @@ MEASURED = (
     "overlap_mass_teacher",
 )
 
+LISTED = 5  # most probable ids of a token that a sample shows
+DETAILED = 384  # tokens at each end of a response of which a sample shows more than the text
+BY_TOKEN = (
+    "reverse_kl",
+    "logp",
+    "logq",
+    "student_top_ids",
+    "student_top_logp",
+    "teacher_top_ids",
+    "teacher_top_logp",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
@@ -115,35 +127,53 @@ def make_measure(
     dtype: Any,
     layout: Layout | None,
     micro_batch: int | None = None,
-) -> Callable[[Params, Sequences, Array, Array], tuple[dict[str, tuple[Array, Array]], Array]]:
-    """Builds the jitted ``measure(student_params, rows, teacher_hidden, teacher_head)`` → {name: (sum, count)}, kl.
+    shown: int = 0,
+) -> Callable[[Params, Sequences, Array, Array], tuple[dict[str, tuple[Array, Array]], dict[str, Array]]]:
+    """Builds the jitted ``measure(student_params, rows, teacher_hidden, teacher_head)`` → {name: (sum, count)}, tokens.
 
     The metrics of paper.md Eqs. 6–10 and both divergences, summed over each sequence's response tokens: arrays [M], of
-    sequences in the order of their batch (and zeros, if it has fewer). ``kl`` [M, R]: the reverse KL at every token of
-    their responses, in nats.
+    sequences in the order of their batch (and zeros, if it has fewer). ``tokens``: what ``BY_TOKEN`` lists of the first
+    ``shown`` sequences, [shown, R, …]: nats, and the ``LISTED`` most probable ids of both sides.
     """
 
     def measure(
         params: Params, rows: Sequences, teacher_hidden: Array, teacher_head: Array
-    ) -> tuple[dict[str, tuple[Array, Array]], Array]:
-        def add(totals: tuple[Array, Array], _: Any, part: Sequences, teacher_hidden: Array) -> tuple[Array, Array]:
+    ) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
+        M, of_rows = rows.tokens.shape[0], functools.partial(jnp.zeros, dtype=jnp.promote_types(dtype, jnp.float32))
+        first = min(shown, M)
+
+        def values_of(part: Sequences, teacher_hidden: Array) -> dict[str, Array]:
             hidden = hidden_states(params, student, part, dtype=dtype, layout=layout)
-            values = position_metrics(
+            return position_metrics(
                 hidden, head(params), teacher_hidden, teacher_head, part.targets, part.mask,
-                k=k, vocab_size=vocab_size, layout=layout,
+                k=k, vocab_size=vocab_size, layout=layout, lists=LISTED if first else 0,
             )  # fmt: skip
+
+        def add(totals: tuple[Array, Any], _: Any, part: Sequences, teacher_hidden: Array) -> tuple[Array, Any]:
+            values = values_of(part, teacher_hidden)
             shared = part.mask & (values["overlap_ratio"] > 0)  # elsewhere Eq. 7 has no value
             masks = dict.fromkeys(MEASURED, part.mask) | {"overlap_advantage": shared}
-            sums, kl = totals
+            sums, tokens = totals
             both = [[jnp.where(masks[n], values[n], 0), masks[n].astype(sums.dtype)] for n in MEASURED]
             sums = sums.at[part.segments].add(jnp.moveaxis(jnp.array(both), (0, 1), (2, 3)))
-            return sums, kl.at[part.segments, part.depth].add(jnp.where(part.mask, values["reverse_kl"], 0))
 
-        of_rows = functools.partial(jnp.zeros, dtype=jnp.promote_types(dtype, jnp.float32))
-        M = rows.tokens.shape[0] + 1
-        zeros = of_rows((M, len(MEASURED), 2)), of_rows((M, rows.max_response))
-        sums, kl = over_passes(add, zeros, rows, teacher_hidden, micro_batch=micro_batch, layout=layout)
-        return {name: (sums[1:, i, 0], sums[1:, i, 1]) for i, name in enumerate(MEASURED)}, kl[1:]
+            def write(to: Array, x: Array) -> Array:
+                x = jnp.where(part.mask.reshape(*part.mask.shape, *[1] * (x.ndim - 2)), x, 0)
+                return to.at[part.segments, part.depth].add(x.astype(to.dtype), mode="drop")
+
+            return sums, {n: write(tokens[n], values[n]) for n in tokens}
+
+        shapes = jax.eval_shape(values_of, rows, teacher_hidden)
+        # segments count from 1; padding is 0
+        tokens = {
+            n: jnp.zeros((first + 1, rows.max_response, *shapes[n].shape[2:]), shapes[n].dtype)
+            for n in BY_TOKEN
+            if first
+        }
+        zeros = of_rows((M + 1, len(MEASURED), 2)), tokens
+        sums, tokens = over_passes(add, zeros, rows, teacher_hidden, micro_batch=micro_batch, layout=layout)
+        by_row = {name: (sums[1:, i, 0], sums[1:, i, 1]) for i, name in enumerate(MEASURED)}
+        return by_row, {name: x[1:] for name, x in tokens.items()}
 
     return jax.jit(measure, out_shardings=layout.sharding() if layout else None)
 
@@ -180,6 +210,34 @@ def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
         before, both = tokenizer.decode(tokens[max(i - 1, 0) : i]), tokenizer.decode(tokens[max(i - 1, 0) : i + 1])
         texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode([tokens[i]]))
     return texts
+
+
+def token_row(tokens: Any, by_token: dict[str, np.ndarray], tokenizer: Any) -> Row:
+    """A response as its sample row shows it: the text of every token, and what is known of the first and last ones.
+
+    ``kl_by_token``, ``logp``, ``logq`` (nats), ``top_student`` and ``top_teacher`` ([text, probability], most probable
+    first) are of the first and last ``DETAILED`` tokens, so that a row stays small however long the response is.
+    """
+    tokens = np.asarray(tokens).tolist()
+    if not tokens:
+        return {"tokens": []}
+    n = len(tokens)
+    at = np.arange(n) if n <= 2 * DETAILED else np.r_[:DETAILED, n - DETAILED : n]
+    row: Row = {"tokens": token_texts(tokens, tokenizer)}
+    for name, key in (("kl_by_token", "reverse_kl"), ("logp", "logp"), ("logq", "logq")):
+        row[name] = [round(x, 4) for x in by_token[key][at].tolist()]
+
+    @functools.cache
+    def text(token: int) -> str:
+        return token_texts([tokens[0], token], tokenizer)[1]
+
+    for who in ("student", "teacher"):
+        ids, p = by_token[f"{who}_top_ids"][at].tolist(), np.exp(by_token[f"{who}_top_logp"][at]).tolist()
+        row[f"top_{who}"] = [
+            [[text(i), float(f"{x:.3g}")] for i, x in zip(*of_token, strict=True)]
+            for of_token in zip(ids, p, strict=True)
+        ]
+    return row
 
 
 def mean_metrics(

@@ -128,14 +128,21 @@ def position_metrics(
     mask_BT: Array,
     *,
     k: int = 16,
+    lists: int = 0,
     **optional: Any,
-) -> dict[str, Float[Array, "B T"]]:
-    """The metrics of Eqs. 6-10 at each position, without gradient: the terms that ``distillation_loss`` sums.
+) -> dict[str, Array]:
+    """The metrics of Eqs. 6-10 at each position [B, T], without gradient: the terms that ``distillation_loss`` sums.
 
     What stands under the mask is meaningless; ``overlap_advantage`` has no value where ``overlap_ratio`` is 0.
+
+    Args:
+        lists: with it come ``logp`` and ``logq`` of the token that stands there, nats, and ``student_top_ids``,
+            ``student_top_logp``, ``teacher_top_ids``, ``teacher_top_logp`` [B, T, lists]: the most probable ids of
+            each side, most probable first.
     """
     arrays = (student_hidden_BTD, student_head_VD, teacher_hidden_BTE, teacher_head_VE, tokens_BT, mask_BT)
     plan, hidden, head, fixed = _prepare(*arrays, Objective(), k, **optional)
+    plan = dataclasses.replace(plan, lists=min(lists, plan.vocab))
     return lax.stop_gradient(fused_loss(plan, hidden, head, fixed)[2])
 
 

@@ -40,6 +40,7 @@ class Plan:
     metric_k: int  # 0: no metrics
     student_readout: Readout  # without their biases
     teacher_readout: Readout
+    lists: int = 0  # of both top-k lists, how much comes with the metrics
 
     @property
     def sparse(self) -> bool:
@@ -185,12 +186,12 @@ def _tile(plan: Plan, heads: _Heads, h_CD: Array, x: Tokens, *, gradient: bool =
     words, readouts = plan.vocabulary(heads), (plan.student_readout, plan.teacher_readout)
     s: Any = _logits(words, readouts[0], h_CD, heads.student) if plan.student_vocabulary else None
     t: Any = _logits(words, readouts[1], x.teacher_hidden, heads.teacher) if plan.teacher_vocabulary else None
-    size = max(plan.k, plan.metric_k)
+    size = max(plan.k, plan.metric_k, plan.lists)
     ids_p: Any = words.top_k(s, size) if plan.student_vocabulary and size else None
     ids_q: Any = words.top_k(t, size) if plan.teacher_vocabulary and size else None
     measured = {}
     if plan.metric_k:
-        measured = token_metrics(words, s, t, ids_p[:, : plan.metric_k], ids_q[:, : plan.metric_k], x.tokens)
+        measured = token_metrics(words, s, t, ids_p, ids_q, x.tokens, plan.metric_k, plan.lists)
     ids: Any = None
     member = None
     if plan.k:

@@ -20,11 +20,16 @@ def token_metrics(
     ids_p: Int[Array, "C k"],
     ids_q: Int[Array, "C k"],
     tokens_C: Int[Array, "C"],
+    k: int,
+    lists: int = 0,
 ) -> dict[str, Array]:
     """Every metric at each position, from logits at temperature 1 and both top-k lists (Eqs. 6-10, App. B.2).
 
     Entropies and divergences in nats. ``overlap_advantage`` is 0 where the lists share no id: Eq. 7 has no value there.
+    The lists may be longer than ``k``; ``lists``: see ``position_metrics``.
     """
+    listed = (ids_p[:, :lists], ids_q[:, :lists]) if lists else ()
+    ids_p, ids_q = ids_p[:, :k], ids_q[:, :k]
     lse_s, lse_t = words.logsumexp(s_CV)[:, None], words.logsumexp(t_CV)[:, None]
     logp_CV, logq_CV = s_CV - lse_s, t_CV - lse_t
     p_CV, q_CV = jnp.exp(logp_CV), jnp.exp(logq_CV)
@@ -33,6 +38,9 @@ def token_metrics(
 
     at = jnp.concatenate([ids_p, tokens_C[:, None]], -1)
     logp, logq = words.take(s_CV, at) - lse_s, words.take(t_CV, at) - lse_t
+    sampled = {"logp": logp[:, -1], "logq": logq[:, -1]} if lists else {}
+    for name, z_CV, lse, ids in zip(("student", "teacher"), (s_CV, t_CV), (lse_s, lse_t), listed, strict=False):
+        sampled |= {f"{name}_top_ids": ids, f"{name}_top_logp": words.take(z_CV, ids) - lse}
     estimates = kl_estimators(logp[:, -1], logq[:, -1])
     logp, logq = logp[:, :-1], logq[:, :-1]
     shared = contains(ids_q, ids_p)
@@ -57,6 +65,7 @@ def token_metrics(
         **estimates,
         "extreme_advantage_gap": gap,
         "argmax_agreement": (ids_p[..., 0] == ids_q[..., 0]).astype(logp.dtype),
+        **sampled,
     }
 
 

@@ -79,6 +79,17 @@ def format_value(value: Any) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:,.{_decimals(value)}f}"
 
 
+def format_interval(low: float | None, high: float | None) -> str:
+    """Both bounds with the decimals that half their distance needs; – where one is missing."""
+    if low is None or high is None or _missing(low) or _missing(high):
+        return "–"
+    half = (high - low) / 2
+    decimals = max(_decimals(max(abs(low), abs(high))), -math.floor(math.log10(half))) if half > 0 else _decimals(low)
+    if decimals > 6:
+        return f"{format_value(low)} … {format_value(high)}"
+    return f"{low:,.{decimals}f} … {high:,.{decimals}f}"
+
+
 def format_duration(seconds: float) -> str:
     """4.2 s, 1:05 (minutes), 2:01:05 (hours)."""
     if seconds < 59.95:

@@ -76,7 +76,7 @@ def curves(
         ax.set_ylabel(_axis_text(name, k))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return _panels(names, draw, columns)
+    return small_multiples(names, draw, columns)
 
 
 def position_curves(
@@ -98,7 +98,7 @@ def position_curves(
         n = max(1, min(average, len(held) // 2))
         groups = [("first", held[:n], "#9DB8CC"), ("last", held[-n:], PALETTE[0])] if len(held) > 1 else []
         for when, group, colour in groups or [("", held, PALETTE[0])]:
-            means = _bin_means([row[name + _SUFFIX] for row in group])
+            means = bin_means([row[name + _SUFFIX] for row in group])
             width = (max_response or len(means)) / len(means)
             x = (np.arange(len(means)) + 0.5) * width
             steps = sorted({group[0]["step"], group[-1]["step"]})
@@ -108,7 +108,54 @@ def position_curves(
         ax.set_xlabel("output position (tokens)" if max_response else "output position (bin)")
         ax.set_ylabel(_axis_text(name, k))
 
-    return _panels(names, draw, columns)
+    return small_multiples(names, draw, columns)
+
+
+def heat_map(
+    steps: Sequence[float],
+    positions: Sequence[float],
+    values: Sequence[Sequence[float | None]],
+    label: str,
+    limits: tuple[float, float],
+    title: str = "",
+) -> Figure:
+    """A metric by training step (across) and output position (upwards); grey where there is no value.
+
+    ``steps`` and ``positions``: bounds of the cells; ``values``: a list of the values at all positions for each step.
+    ``limits``: values at the ends of the scale of colours, beyond which colours do not change.
+    """
+    table = np.array([[_number(v) for v in column] for column in values]).T
+    # From 50 colours on matplotlib draws the bar as an image, which the pages' policy refuses.
+    colours = mpl.colormaps["viridis"].resampled(40)
+
+    def draw(ax: Axes, _: str) -> None:
+        ax.set_facecolor("#d9d9d9")
+        ax.grid(visible=False)
+        # Edges in the colour of their faces: renderers of SVG leave hairlines between cells.
+        mesh = ax.pcolormesh(
+            steps, positions, table, vmin=limits[0], vmax=limits[1], cmap=colours, edgecolors="face", linewidth=0.3
+        )
+        low, high = np.nanmin(table) < limits[0], np.nanmax(table) > limits[1]
+        ends: Any = "both" if low and high else "min" if low else "max" if high else "neither"
+        bar: Any = ax.figure.colorbar(mesh, ax=ax, extend=ends)
+        bar.set_label(textwrap.fill(label, 28))
+        bar.solids.set_edgecolor("face")
+        ax.set_xlabel("step")
+        ax.set_ylabel("output position (tokens)")
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+    return small_multiples([label], draw, 1)
+
+
+def bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Mean of each bin over curves by position; NaN where none has a value."""
+    width = max(len(row) for row in rows)
+    table = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = [_number(v) for v in row]
+    count = np.isfinite(table).sum(0)
+    return np.where(count > 0, np.nansum(table, 0) / np.maximum(count, 1), np.nan)
 
 
 def position_names(rows: Sequence[Row]) -> list[str]:
@@ -137,7 +184,7 @@ def scores(panels: Mapping[tuple[str, str], Mapping[str, Any]], columns: int = 3
         ax.set_xlabel(textwrap.fill(label, 32))
 
     found = {str(i): panel for i, panel in enumerate(panels.items())}
-    return _panels(list(found), draw, columns)
+    return small_multiples(list(found), draw, columns)
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
@@ -162,7 +209,8 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _panels(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
+def small_multiples(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
+    """One panel a name, drawn by ``draw(axes, name)``, in the style of every figure; legends where several are told."""
     columns = max(1, min(columns, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
     with mpl.rc_context(_STYLE):
@@ -218,21 +266,13 @@ def _draw_evaluations(ax: Axes, rows: Sequence[Row], name: str, colour: str, run
 def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
     """Centred, over 2·half + 1 rows, fewer at the ends; gaps are skipped."""
     held = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(held, values, 0.0))])
+    base = values[held][0] if held.any() else 0.0  # sums of differences: a constant stays one, without rounding
+    total = np.concatenate([[0.0], np.cumsum(np.where(held, values - base, 0.0))])
     count = np.concatenate([[0], np.cumsum(held)])
     i = np.arange(len(values))
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
     n = count[high] - count[low]
-    return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
-
-
-def _bin_means(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    width = max(len(row) for row in rows)
-    table = np.full((len(rows), width), np.nan)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = [_number(v) for v in row]
-    count = np.isfinite(table).sum(0)
-    return np.where(count > 0, np.nansum(table, 0) / np.maximum(count, 1), np.nan)
+    return np.where(n > 0, base + (total[high] - total[low]) / np.maximum(n, 1), np.nan)
 
 
 def _axis_text(name: str, k: int | None) -> str:

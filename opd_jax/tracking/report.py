@@ -5,52 +5,52 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
 import yaml
 from etils import epath
 
 from opd_jax.errors import InputError
-from opd_jax.tracking import plots
+from opd_jax.tracking import page, plots, rollouts
 from opd_jax.tracking.labels import axis_label, format_value, in_order
-from opd_jax.tracking.run_dir import Row, RunDir, existing_run, read_rows, write_atomically
+from opd_jax.tracking.run_dir import Row, RunDir, existing_run, names_of, read_rows, write_atomically
+from opd_jax.tracking.sections import Sections, body, stored
 
-_SAMPLES_SHOWN = 6  # problems with rollouts; the rest is in samples.jsonl
-_TEXT_SHOWN = 20_000  # characters of one rollout
 _NOT_METRICS = {"step", "problems", "samples"}
 _STAGES = ("data", "reshard", "rollout", "pack", "score", "update", "evaluation", "checkpoint")
 _OF_STAGES = ("time/", "tokens_per_second/")  # in their own table
-_KL_LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)  # nats, from which a token is coloured, and more and more strongly
 _HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
 
 
-def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike) -> None:
+def write_report(runs: RunDir | Sequence[RunDir], path: epath.PathLike, analyses: Sections | None = None) -> None:
     """Writes the report of one run, or of several with their curves in the same axes.
 
     Whatever the logs lack is left out; a run that has only a configuration gives a report that says so.
 
+    Args:
+        analyses: how to show the results in the runs' ``analysis`` directories; those of other kinds are left out.
+
     Raises:
-        InputError: no run is given, or a directory holds no run.
+        InputError: no run is given, a directory holds no run, or a result of an analysis cannot be read.
     """
     runs = [runs] if isinstance(runs, RunDir) else list(runs)
     if not runs:
         raise InputError("report: no run given. Name at least one run directory.")
-    loaded = [_load(existing_run(run.root)) for run in runs]
-    _name_apart(loaded)
+    runs = [existing_run(run.root) for run in runs]
+    loaded = [_load(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
     title = " · ".join(run.name for run in loaded)
-    parts = [f"<h1>{_text(title)}</h1>", _comparison(loaded) if len(loaded) > 1 else ""]
+    parts = [f"<h1>{page.escape(title)}</h1>", _comparison(loaded) if len(loaded) > 1 else ""]
     parts += [_summary(run, several=len(loaded) > 1) for run in loaded]
     parts += [_training_curves(loaded)]
-    for section in (_alarms, _position_curves, _time, _samples, _settings):
+    of_analyses = functools.partial(_analyses, known=analyses or {})
+    of_samples = functools.partial(_samples, runs=len(loaded))
+    for section in (_alarms, _position_curves, of_analyses, _time, of_samples, _settings):
         parts += [section(run, several=len(loaded) > 1) for run in loaded]
-    write_atomically(epath.Path(path), _page(title, "\n".join(filter(None, parts))))
+    write_atomically(epath.Path(path), page.document(title, "\n".join(filter(None, parts))))
 
 
 def gap_recovery(before: Row, after: Row, teacher: Row) -> tuple[float, float | None] | None:
@@ -74,7 +74,7 @@ def gap_recovery(before: Row, after: Row, teacher: Row) -> tuple[float, float | 
 @dataclasses.dataclass
 class _Run:
     name: str
-    root: str
+    place: RunDir
     config_text: str
     environment: list[Row]
     metrics: list[Row]
@@ -105,17 +105,10 @@ class _Run:
         return gap_recovery(self.student[0], self.student[-1], self.teacher) if len(self.student) > 1 else None
 
 
-def _load(run: RunDir) -> _Run:
+def _load(run: RunDir, name: str) -> _Run:
     rows = (read_rows(path) for path in (run.metrics, run.samples, run.evaluations))
     environment = json.loads(run.environment.read_text()) if run.environment.exists() else []
-    return _Run(run.root.name or str(run.root), str(run.root), run.config.read_text(), environment, *rows)
-
-
-def _name_apart(runs: list[_Run]) -> None:
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = run.root
+    return _Run(name, run, run.config.read_text(), environment, *rows)
 
 
 def _comparison(runs: list[_Run]) -> str:
@@ -125,7 +118,7 @@ def _comparison(runs: list[_Run]) -> str:
         last = run.student[-1] if run.student else {}
         rows.append([run.name, last.get("step"), run.recovery, *(_with_error(last, n) for n in names)])
     heads = ["run", "step", "gap recovery rate", *(axis_label(n, runs[0].setting("objective.k")) for n in names)]
-    return "<h2>Comparison</h2>" + _table(heads, rows)
+    return "<h2>Comparison</h2>" + page.table(heads, rows)
 
 
 def _summary(run: _Run, several: bool) -> str:
@@ -138,8 +131,8 @@ def _summary(run: _Run, several: bool) -> str:
         last = run.environment[-1]
         devices = ", ".join(f"{n} × {kind}" for kind, n in last.get("devices", {}).items())
         facts += [devices, str(last.get("start_time", ""))[:10]]
-    lead = f'<p class="soft">{_text(" · ".join(str(f) for f in facts if f))}</p>'
-    heading = f"<h2>{_text(run.name)}</h2>" if several else ""
+    lead = f'<p class="soft">{page.escape(" · ".join(str(f) for f in facts if f))}</p>'
+    heading = f"<h2>{page.escape(run.name)}</h2>" if several else ""
     if not run.student:
         return f"{heading}{lead}<p>No evaluation was logged yet.</p>"
     return f"{heading}{lead}{_tiles(run)}{_before_after(run)}"
@@ -148,7 +141,7 @@ def _summary(run: _Run, several: bool) -> str:
 def _tiles(run: _Run) -> str:
     first, last, tiles = run.student[0], run.student[-1], []
     if run.recovery is not None:
-        tiles.append((_text(format_value(run.recovery[0])), "gap recovery rate"))
+        tiles.append((page.escape(format_value(run.recovery[0])), "gap recovery rate"))
     for name in _HEADLINES:
         old, new = first.get(name), last.get(name)
         if old is None or new is None or first is last:
@@ -157,7 +150,7 @@ def _tiles(run: _Run) -> str:
         if run.teacher.get(name) is not None:
             caption += f"; teacher {format_value(run.teacher[name])}"
         tiles.append((f"{format_value(old)} <i>→</i> {format_value(new)}", caption))
-    cards = "".join(f'<div class="card tile"><b>{value}</b><span>{_text(c)}</span></div>' for value, c in tiles)
+    cards = "".join(f'<div class="card tile"><b>{value}</b><span>{page.escape(c)}</span></div>' for value, c in tiles)
     return f'<div class="tiles">{cards}</div>' if cards else ""
 
 
@@ -181,7 +174,7 @@ def _before_after(run: _Run) -> str:
     ]
     note = f"Held-out prompts: {' × '.join(counts)}. " if counts else ""
     note += "± is one standard error; that of a change or a rate takes the evaluations as independent."
-    return f'{_table(heads, rows)}<p class="soft note">{note}</p>'
+    return f'{page.table(heads, rows)}<p class="soft note">{note}</p>'
 
 
 def _training_curves(runs: list[_Run]) -> str:
@@ -193,19 +186,19 @@ def _training_curves(runs: list[_Run]) -> str:
     evaluated = _numeric_names([r for run in runs for r in run.student if len(run.student) > 1])
     k = runs[0].setting("objective.k")
     figures = [
-        _figure(plots.curves(rows, [name], evaluations, k), f"{axis_label(name, k)} over training steps")
+        page.figure(plots.curves(rows, [name], evaluations, k), f"{axis_label(name, k)} over training steps")
         for name in in_order([*names, *evaluated])
     ]
-    return _plots("Training", figures)
+    return page.plots("Training", figures)
 
 
 def _position_curves(run: _Run, several: bool) -> str:
     k, length = run.setting("objective.k"), run.setting("rollout.max_response")
     figures = [
-        _figure(plots.position_curves(run.metrics, [name], k, length), f"{axis_label(name, k)} by output position")
+        page.figure(plots.position_curves(run.metrics, [name], k, length), f"{axis_label(name, k)} by output position")
         for name in plots.position_names(run.metrics)
     ]
-    return _plots("By output position" + _of(run, several), figures)
+    return page.plots("By output position" + _of(run, several), figures)
 
 
 def _alarms(run: _Run, several: bool) -> str:
@@ -213,7 +206,13 @@ def _alarms(run: _Run, several: bool) -> str:
     rows = [[row["step"], row["alarm"]] for row in run.metrics if row.get("alarm")]
     if not rows:
         return ""
-    return f"<h2>Signs of a collapse{_text(_of(run, several))}</h2>{_table(['step', 'what left its level'], rows)}"
+    table = page.table(["step", "what left its level"], rows)
+    return f"<h2>Signs of a collapse{page.escape(_of(run, several))}</h2>{table}"
+
+
+def _analyses(run: _Run, several: bool, known: Sections) -> str:
+    found = stored(run.place.analysis, known)
+    return "".join(f"<h2>{page.escape(s.title + _of(run, several))}</h2>{body(s, in_report=True)}" for s in found)
 
 
 def _time(run: _Run, several: bool) -> str:
@@ -231,78 +230,24 @@ def _time(run: _Run, several: bool) -> str:
         share = f"{medians[name] * len(held[name]) / total:.0%}"
         rows.append([name[5:], medians[name], len(held[name]), share, statistics.median(rates) if rates else None])
     rows.append(["all, a step", total / len(timed), len(timed), None, None])
-    table = _table(["stage", "seconds (median)", "times", "share", "tokens/s"], rows)
+    table = page.table(["stage", "seconds (median)", "times", "share", "tokens/s"], rows)
     used = [row["mfu"] for row in timed if row.get("mfu") is not None]
     mfu = f"The update reaches {statistics.median(used):.0%} of the chips' bfloat16 peak. " if used else ""
     note = f'<p class="soft note">{mfu}Without the first step. A checkpoint is written while the run goes on.</p>'
-    return f"<h2>Where the time goes{_text(_of(run, several))}</h2>{table}{note}"
+    return f"<h2>Where the time goes{page.escape(_of(run, several))}</h2>{table}{note}"
 
 
-def _samples(run: _Run, several: bool) -> str:
-    """The same problems before and after, side by side."""
-    steps = sorted({row["step"] for row in run.samples})
-    if not steps:
-        return ""
-    by_problem: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in run.samples:
-        if row["step"] in (steps[0], steps[-1]):
-            by_problem[str(row.get("problem", ""))][row["step"]].append(row)
-    # Problems sampled at both ends tell most.
-    problems = sorted(by_problem.items(), key=lambda item: -len(item[1]))
-    shown = [_problem(text, answers) for text, answers in problems[:_SAMPLES_SHOWN]]
-    hidden = len(problems) - len(shown)
-    note = f'<p class="soft">{hidden} more problems are in samples.jsonl.</p>' if hidden else ""
-    edges = [f'<span class="kl{i}">≥ {edge:g}</span>' for i, edge in enumerate(_KL_LEVELS, 1)]
-    coloured = any(row.get("tokens") for row in run.samples)
-    legend = f'<p class="soft">Reverse KL of a token, nats: {" ".join(edges)}</p>' if coloured else ""
-    return f"<h2>Sampled rollouts{_text(_of(run, several))}</h2>{legend}{''.join(shown)}{note}"
-
-
-def _problem(text: str, rollouts: dict[int, list[Row]]) -> str:
-    rows = [rollouts[step][0] for step in sorted(rollouts)]
-    answer = next((row["answer"] for row in rows if row.get("answer") is not None), None)
-    expected = f'<p class="soft">Expected answer: {_text(answer)}</p>' if answer is not None else ""
-    cards = "".join(_rollout(row) for row in rows)
-    return f'<section class="card problem"><p>{_text(text)}</p>{expected}<div class="pair">{cards}</div></section>'
-
-
-def _rollout(row: Row) -> str:
-    marks = [f"<b>step {row['step']}</b>"]
-    if row.get("correct") is not None:
-        marks.append('<span class="right">✓ correct</span>' if row["correct"] else '<span class="wrong">✗ wrong</span>')
-    kl = [v for v in row.get("kl_by_token") or [] if v is not None]
-    if kl:
-        marks.append(f"<span>reverse KL {format_value(statistics.fmean(kl))} nats/token, {len(kl)} tokens</span>")
-    response = str(row.get("response", ""))
-    text = _coloured(row) or _text(response[:_TEXT_SHOWN])
-    if len(response) > _TEXT_SHOWN:
-        text += f"\n… {len(response) - _TEXT_SHOWN:,} more characters in samples.jsonl"
-    return f'<div class="rollout"><header>{"".join(marks)}</header><pre>{text}</pre></div>'
-
-
-def _coloured(row: Row) -> str:
-    """The tokens as they stand, on a ground that tells their reverse KL; "" where the row has no such values."""
-    tokens, kl = row.get("tokens") or [], row.get("kl_by_token") or []
-    if not tokens or len(tokens) != len(kl):
-        return ""
-    parts, length = [], 0
-    for token, value in zip(map(str, tokens), kl, strict=True):
-        length += len(token)
-        if length > _TEXT_SHOWN:
-            break
-        level = sum(value is not None and value >= edge for edge in _KL_LEVELS)
-        shown = _text(token)
-        parts.append(f'<span class="kl{level}" title="{format_value(value)} nats">{shown}</span>' if level else shown)
-    return "".join(parts)
+def _samples(run: _Run, several: bool, runs: int) -> str:
+    return rollouts.section(run.samples, _of(run, several), runs)
 
 
 def _settings(run: _Run, several: bool) -> str:
-    parts = [f"<details><summary>Configuration</summary><pre>{_text(run.config_text)}</pre></details>"]
+    parts = [f"<details><summary>Configuration</summary><pre>{page.escape(run.config_text)}</pre></details>"]
     if run.environment:
         facts = [*_flat(run.environment[-1]), ["starts of this run", len(run.environment)]]
-        table = _table([], facts, css="facts")
+        table = page.table([], facts, css="facts")
         parts.append(f"<details><summary>Environment</summary>{table}</details>")
-    return f"<h2>Settings{_text(_of(run, several))}</h2>{''.join(parts)}"
+    return f"<h2>Settings{page.escape(_of(run, several))}</h2>{''.join(parts)}"
 
 
 def _flat(row: Row) -> list[list[Any]]:
@@ -333,52 +278,5 @@ def _change(first: Row, last: Row, name: str) -> str | None:
     return sign + format_value((abs(new - old), error))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], css: str = "numbers") -> str:
-    head = f"<thead><tr>{''.join(f'<th>{_text(h)}</th>' for h in heads)}</tr></thead>" if heads else ""
-    names = heads or [""] * max(map(len, rows))
-
-    def cell(name: str, value: Any) -> str:
-        # On a narrow page each row becomes a block whose cells carry their column's name.
-        missing = ' class="missing"' if value is None else ""
-        return f'<td{missing} data-head="{_text(name)}">{_text(format_value(value))}</td>'
-
-    body = "".join(f"<tr>{''.join(map(cell, names, row))}</tr>" for row in rows)
-    return f'<div class="card scroll"><table class="{css}">{head}<tbody>{body}</tbody></table></div>'
-
-
-def _figure(figure: Any, description: str) -> str:
-    return f'<figure role="img" aria-label="{_text(description)}">{plots.svg(figure)}</figure>'
-
-
-def _plots(heading: str, figures: list[str]) -> str:
-    return f'<h2>{_text(heading)}</h2><div class="plots">{"".join(figures)}</div>' if figures else ""
-
-
 def _of(run: _Run, several: bool) -> str:
     return f": {run.name}" if several else ""
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _page(title: str, body: str) -> str:
-    css = resources.files("opd_jax.tracking").joinpath("report.css").read_text(encoding="utf-8")
-    # The policy makes the browser refuse scripts and network even if an escape were forgotten.
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

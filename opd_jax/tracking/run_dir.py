@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class RunDir:
         return self.root / "profile"
 
     @property
+    def analysis(self) -> epath.Path:
+        """Results of ``opd analyze`` about this run, one JSON file each."""
+        return self.root / "analysis"
+
+    @property
     def report(self) -> epath.Path:
         return self.root / "report.html"
 
@@ -137,6 +143,12 @@ def existing_run(path: epath.PathLike) -> RunDir:
     if not run.config.exists():
         raise InputError(f"{run.root}: no run here (no config.yaml). Give the run_dir of a run.")
     return run
+
+
+def names_of(runs: Sequence[RunDir]) -> list[str]:
+    """Names of directories; paths where two have the same name."""
+    names = [run.root.name or str(run.root) for run in runs]
+    return [str(run.root) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
 def keep_rows(directory: epath.Path, name: str, rows: Any) -> None:

@@ -57,9 +57,9 @@ class Evaluator:
     def student(self, params: Params) -> tuple[Row, list[Row]]:
         """(evaluation row, sample rows) of the student with these weights."""
         rollouts = self._rollouts("evaluating the student", self._setup.student, params)
-        measured, kl = self._measured(params, rollouts) if self._setup.teacher else ({}, ())
+        measured, by_token = self._measured(params, rollouts) if self._setup.teacher else ({}, ())
         of_teacher = self._measured(params, self._reference)[0] if self._reference else {}
-        row, samples = self._graded("student", rollouts, kl)
+        row, samples = self._graded("student", rollouts, by_token)
         if measured:
             row |= heldout.mean_metrics(measured, self.panel)
         if of_teacher:
@@ -82,8 +82,8 @@ class Evaluator:
             engine, engine.cast(params), self.panel, self._law, self._setup.config.seed, self._max_response, title
         )
 
-    def _measured(self, params: Params, rollouts: Rollouts) -> tuple[Any, list[np.ndarray]]:
-        """Sums over each row of the metrics of student against teacher; the reverse KL by token of the first rows."""
+    def _measured(self, params: Params, rollouts: Rollouts) -> tuple[Any, list[Row]]:
+        """Sums over each row of the metrics of student against teacher; what is known of tokens of the first rows."""
         setup = self._setup
         assert setup.teacher
         assert setup.graphs.score
@@ -91,19 +91,21 @@ class Evaluator:
         for part, of_panel in zip(heldout.batches_of(rollouts, self.panel), self.panel.batches, strict=True):
             rows = setup.layout.put_rows(setup.graphs.pack(part))
             scores = setup.graphs.score(setup.teacher.params, rows)
-            sums, kl_BR = setup.graphs.measure(params, rows, scores.hidden, scores.head)
+            sums, tokens = setup.graphs.measure(params, rows, scores.hidden, scores.head)
             found.append(jax.tree.map(lambda x: x[:n], hosts.fetch(sums)))
-            if of_panel.min() < self._shown:
-                first |= dict(zip(of_panel.tolist(), hosts.fetch(kl_BR), strict=False))
+            # the rows of a batch ascend: those to be shown come first
+            if shown := np.flatnonzero(of_panel < self._shown).tolist():
+                tokens = hosts.fetch(tokens)
+                first |= {int(of_panel[i]): {name: x[i] for name, x in tokens.items()} for i in shown}
         return heldout.collect(found, self.panel), [first[i] for i in range(self._shown)]
 
-    def _graded(self, who: str, rollouts: Rollouts, kl: Sequence[np.ndarray] = ()) -> tuple[Row, list[Row]]:
-        """``kl``: the reverse KL by token of the first rows."""
+    def _graded(self, who: str, rollouts: Rollouts, by_token: Sequence[Row] = ()) -> tuple[Row, list[Row]]:
+        """``by_token``: of the first rows, what ``heldout.BY_TOKEN`` lists."""
         whole = dataclasses.replace(rollouts, tokens=hosts.fetch(self._setup.layout.put_rows(rollouts.tokens)))
         if jax.process_index():
             return {}, []  # process 0 grades and writes
-        panel = self.panel
-        row, texts, verdicts = heldout.grade_panel(whole, panel, self._setup.tokenizer, self._pool)
+        panel, tokenizer = self.panel, self._setup.tokenizer
+        row, texts, verdicts = heldout.grade_panel(whole, panel, tokenizer, self._pool)
         samples = [
             {
                 "who": who,
@@ -112,12 +114,7 @@ class Evaluator:
                 "response": texts[i],
                 "correct": verdicts and verdicts[i].correct,
             }
-            | (self._by_token(whole, i, kl[i]) if len(kl) else {})
+            | (heldout.token_row(whole.tokens[i, : whole.lengths[i]], by_token[i], tokenizer) if by_token else {})
             for i in range(self._shown)
         ]
         return {"who": who} | row, samples
-
-    def _by_token(self, rollouts: Rollouts, i: int, kl_R: np.ndarray) -> Row:
-        tokens = np.asarray(rollouts.tokens[i, : rollouts.lengths[i]]).tolist()
-        kl = [round(float(x), 5) for x in kl_R[: len(tokens)]]
-        return {"tokens": heldout.token_texts(tokens, self._setup.tokenizer), "kl_by_token": kl}

@@ -105,7 +105,13 @@ def make_graphs(
         update=update,
         update_unmeasured=quick_update,
         measure=make_measure(
-            student, k=config.objective.k, vocab_size=vocab_size, dtype=dtype, layout=layout, micro_batch=micro_batch
+            student,
+            k=config.objective.k,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            layout=layout,
+            micro_batch=micro_batch,
+            shown=config.log_samples * config.evaluation.samples,
         ),
     )
 
