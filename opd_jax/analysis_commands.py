@@ -185,12 +185,13 @@ def _models_and_data(given: list[str]) -> tuple[Any, ...]:
     from opd_jax.errors import InputError
 
     settings = [text for text in given if _is_setting(text)]
-    *models, source = [text for text in given if not _is_setting(text)]
-    if len(models) < 2:
+    places = [text for text in given if not _is_setting(text)]
+    if len(places) < 3:
         raise InputError(
-            f"found {', '.join([*models, source])}; expected STUDENT, at least one TEACHER, and SOURCE: two or more "
-            "Hugging Face directories and the problems, in this order."
+            f"found {', '.join(places) or 'settings alone'}; expected STUDENT, at least one TEACHER, and SOURCE: two "
+            "or more Hugging Face directories and the problems, in this order."
         )
+    *models, source = places
     return *map(Path, models), parse_data(source, settings)
 
 
