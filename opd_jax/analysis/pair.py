@@ -54,7 +54,7 @@ BINS = 8  # of output positions
 class Sampling(NamedTuple):
     """Which rollouts are looked at."""
 
-    problems: int | None = None  # the first so many; None: all
+    problems: int = 64  # the first so many
     samples: int = 4  # of each problem
     max_response: int = 1024  # tokens
     law: Law = Law()
