@@ -26,7 +26,7 @@ MODELS_HELP = (
     "Hugging Face directories; problems with answers (JSONL, Parquet, task:NAME or a dataset id); data settings, as "
     "data.template=boxed"
 )
-Problems = Annotated[int | None, typer.Option(min=1, help="the first n problems only; default: all")]
+Problems = Annotated[int, typer.Option(min=1, help="the first n problems")]
 Samples = Annotated[int, typer.Option(min=1, help="rollouts of each problem")]
 MaxResponse = Annotated[int, typer.Option(min=1, help="tokens; longer rollouts are cut")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
@@ -75,7 +75,7 @@ def dynamics(
 @analyze_app.command()
 def reward(
     models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER… SOURCE [SETTING]…", help=MODELS_HELP)],
-    problems: Problems = None,
+    problems: Problems = 64,
     samples: Samples = 4,
     max_response: MaxResponse = 1024,
     temperature: Temperature = 1.0,
@@ -107,7 +107,7 @@ def depth(
     models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER SOURCE [SETTING]…", help=MODELS_HELP)],
     depths: Annotated[str, typer.Option(help="tokens of the student's before the cut, as 0,256,1024")],
     continuations: Annotated[int, typer.Option("-n", min=1, help="of each cut rollout, by each model")] = 4,
-    problems: Problems = None,
+    problems: Problems = 64,
     samples: Samples = 1,
     max_response: MaxResponse = 1024,
     temperature: Temperature = 1.0,
@@ -185,12 +185,13 @@ def _models_and_data(given: list[str]) -> tuple[Any, ...]:
     from opd_jax.errors import InputError
 
     settings = [text for text in given if _is_setting(text)]
-    *models, source = [text for text in given if not _is_setting(text)]
-    if len(models) < 2:
+    places = [text for text in given if not _is_setting(text)]
+    if len(places) < 3:
         raise InputError(
-            f"found {', '.join([*models, source])}; expected STUDENT, at least one TEACHER, and SOURCE: two or more "
-            "Hugging Face directories and the problems, in this order."
+            f"found {', '.join(places) or 'settings alone'}; expected STUDENT, at least one TEACHER, and SOURCE: two "
+            "or more Hugging Face directories and the problems, in this order."
         )
+    *models, source = places
     return *map(Path, models), parse_data(source, settings)
 
 
@@ -199,7 +200,7 @@ def _is_setting(text: str) -> bool:
 
 
 def _sampling(
-    problems: int | None, samples: int, max_response: int, temperature: float, top_p: float, seed: int, last: bool
+    problems: int, samples: int, max_response: int, temperature: float, top_p: float, seed: int, last: bool
 ) -> Sampling:
     from opd_jax.analysis.pair import Sampling
     from opd_jax.sampling.law import Law

@@ -41,7 +41,6 @@ def _version(wanted: bool) -> None:
 
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
-app.command()(diagnose)
 
 
 @app.callback()
@@ -339,6 +338,9 @@ def report(
     target = store_path(out) if out else found[0].report
     write_report(found, target, known_sections())
     console.print(str(target))
+
+
+app.command()(diagnose)
 
 
 def main() -> None:

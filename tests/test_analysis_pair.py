@@ -26,6 +26,7 @@ from opd_jax.analysis.pair import (
     token_mean,
     token_values,
 )
+from opd_jax.analysis_commands import _models_and_data
 from opd_jax.config_files import parse_data
 from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import AnswerPool
@@ -178,6 +179,8 @@ def test_refused(models: Path, tmp_path: Path) -> None:
     )
     assert "made for. Give --max-response 58 or less" in refused(models, "teacher", max_response=59)
     assert "no such directory" in refused(models, "absent")
+    with pytest.raises(InputError, match="stands twice"):
+        check_pair(models / "student", [models / "teacher"] * 2)
 
 
 def test_prompts_without_answers(models: Path, pair: Pair, tmp_path: Path) -> None:
@@ -188,6 +191,19 @@ def test_prompts_without_answers(models: Path, pair: Pair, tmp_path: Path) -> No
         load_panel(pair, data, sampling)
     panel, _ = load_panel(pair, data, sampling, graded=False)
     assert panel.answers == (None,)
+
+
+def test_arguments_of_the_commands(tmp_path: Path) -> None:
+    """A path with a sign of equality is no setting where it exists."""
+    student, *teachers, data = _models_and_data(["s", "chat=false", "t", "u", "task:products-5x2", "data.limit=3"])
+    assert (student, teachers) == (Path("s"), [Path("t"), Path("u")])
+    assert (data.source, data.chat, data.limit) == ("task:products-5x2", False, 3)
+    odd = tmp_path / "lr=1"
+    odd.mkdir()
+    assert _models_and_data(["s", str(odd), "x.jsonl"])[1] == odd
+    for given in (["s", "x.jsonl"], ["x.jsonl", "limit=3"], ["limit=3"]):
+        with pytest.raises(InputError, match="expected STUDENT, at least one TEACHER"):
+            _models_and_data(given)
 
 
 def test_names_of_teachers(pair: Pair) -> None:

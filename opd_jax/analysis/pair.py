@@ -54,7 +54,7 @@ BINS = 8  # of output positions
 class Sampling(NamedTuple):
     """Which rollouts are looked at."""
 
-    problems: int | None = None  # the first so many; None: all
+    problems: int = 64  # the first so many
     samples: int = 4  # of each problem
     max_response: int = 1024  # tokens
     law: Law = Law()
@@ -118,6 +118,8 @@ def check_pair(student: Path, teachers: Sequence[Path], *, batch: int = 64, dtyp
         InputError: no tokenizer or configuration to read, a tokenizer that maps ids to other texts than the student's,
             a model with fewer ids than its tokenizer, or no end-of-sequence id.
     """
+    if twice := [path for path in teachers if list(teachers).count(path) > 1]:
+        raise InputError(f"{twice[0]}: stands twice among the teachers. Give each once.")
     tokenizer = load_tokenizer(student)
     vocab_size = valid_vocab_size(tokenizer)
     stops = stop_ids(student, tokenizer)
