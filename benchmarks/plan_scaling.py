@@ -86,12 +86,14 @@ def measured(chips: int, fsdp: int, only: str) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, marker in zip(names, "osv^Dx", strict=True):
+    shown = [name for name in names if any(row["temp MiB"] for row in rows if row["program"] == name)]
+    for name, marker in zip(shown, "osv^DxP*", strict=False):
         values = [row["temp MiB"] for row in rows if row["program"] == name]
         axes.plot(CHIPS, values, marker=marker, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(CHIPS, [str(n) for n in CHIPS])
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
+    axes.set_ylim(1, 10_000)
     axes.set_xlabel("chips (v5e)")
     axes.set_ylabel("temp a chip (MiB)")
     axes.grid(alpha=0.3)
