@@ -179,7 +179,7 @@ def test_another_configuration_is_refused(root: Path) -> None:
     assert not (root / "never_started").exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_kills_at_random_moments() -> None:
     """``benchmarks/soak.py`` with three kills: while starting, between steps, while saving."""
     done = subprocess.run(
