@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from opd_jax.result_files import JsonPath, check_writable, write_json
+from opd_jax.result_files import JsonPath, check_out_directory, check_writable, write_json
 
 if TYPE_CHECKING:
     from etils import epath
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from opd_jax.analysis.pair import Sampling
     from opd_jax.tracking.sections import Section, Sections
 
-MAX_SEED = 2**30 - 1
+MAX_SEED = 2**30 - 1  # the demo takes two seeds from it, below 2³¹
 
 analyze_app = typer.Typer(
     no_args_is_help=True, help="Looks into runs, and into what student and teacher say of tokens.", add_completion=False
@@ -41,10 +43,13 @@ OutDir = Annotated[Path | None, typer.Option("--out", help="directory for the re
 
 
 def known_sections() -> Sections:
-    """Kind of a stored result → the function that shows it in a report."""
-    from opd_jax.analysis import depth, dynamics, reward, verdicts
+    """Kind of a stored result → the function that shows it in a report; a report without results loads none."""
 
-    return {"dynamics": dynamics.section} | {module.KIND: module.section for module in (reward, depth, verdicts)}
+    def lazily(module: str) -> Callable[[dict[str, Any]], Section]:
+        return lambda result: importlib.import_module(f"opd_jax.analysis.{module}").section(result)
+
+    modules = {"dynamics": "dynamics", "reward": "reward", "depth": "depth", "diagnose": "verdicts"}
+    return {kind: lazily(module) for kind, module in modules.items()}
 
 
 @analyze_app.command()
@@ -210,12 +215,8 @@ def _sampling(
 
 def _check_files(out: Path | None, json_path: Path | None) -> None:
     """Before anything is computed."""
-    from opd_jax.errors import InputError
-
     check_writable("--json", json_path)
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file. Give a directory.")
-    check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+    check_out_directory(out)
 
 
 def deliver(section: Section, result: dict[str, Any], out: epath.Path | Path | None) -> None:

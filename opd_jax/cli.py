@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from opd_jax import __version__
-from opd_jax.analysis_commands import analyze_app, diagnose, known_sections
+from opd_jax.analysis_commands import MAX_SEED, analyze_app, diagnose, known_sections
 from opd_jax.data_commands import data_app
-from opd_jax.result_files import JsonPath, check_writable, write_json
+from opd_jax.result_files import JsonPath, check_out_directory, check_writable, write_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +25,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 interrupted and resumable.",
 )
 
-MAX_SEED = 2**30 - 1  # the demo takes two seeds from it, below 2³¹
 CTRL_C = 130  # what typer makes of KeyboardInterrupt
 
 Overrides = Annotated[
@@ -145,9 +144,7 @@ def evaluate(
     check_writable("--json", json_path)
     if resume and out is None:
         raise InputError("--resume: give the directory that is to be continued, --out DIR")
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file. Give a directory.")
-    check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+    check_out_directory(out)
     result = evaluate_model(
         model,
         parse_benchmarks(benchmarks, data),

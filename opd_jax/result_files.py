@@ -20,6 +20,15 @@ def check_writable(option: str, path: Path | None) -> None:
         raise InputError(f"{option} {path}: cannot be written. Give a file in an existing directory.")
 
 
+def check_out_directory(out: Path | None) -> None:
+    """A directory for results need not exist, but its parent has to."""
+    from opd_jax.errors import InputError
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file. Give a directory.")
+    check_writable("--out", None if out is None else out / "result.json" if out.exists() else out)
+
+
 def write_json(path: Path | None, result: Any) -> None:
     """Writes the result of a command where ``--json`` asks for it; of several processes only the first does."""
     if path:

@@ -32,7 +32,7 @@ from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.generate import SHOWN, Meter
 from opd_jax.mesh import batch_shards
-from opd_jax.sampling.scheduler import Request, Response, generate
+from opd_jax.sampling.scheduler import Request, generate
 from opd_jax.tracking.console import console
 from opd_jax.tracking.labels import axis_label, short_label
 from opd_jax.tracking.sections import Plot, Section, Table
@@ -125,16 +125,14 @@ def continue_rollouts(
         kept = np.flatnonzero(drawn.lengths > depth).tolist()
         prefix = {i: np.asarray(drawn.rollouts.tokens[i, :depth]).tolist() for i in kept}
         requests = [Request(texts[i] + prefix[i], i, sample) for i in kept for sample in range(continuations)]
-        found: dict[int, Response] = {}
         title = f"{network.path.name} from {depth:,}"
         with console.progress(len(requests), title, unit="response", show=SHOWN) as bar:
             meter = Meter(bar)
-            made = generate(
+            found = dict(generate(
                 engine, weights, requests, sampling.law, sampling.seed, depth,
                 slots=slots, max_response=sampling.max_response - depths[0], limit=sampling.max_response - depth,
                 width=P + depths[-1], occupancy=meter,
-            )  # fmt: skip
-            found.update(made)
+            ))  # fmt: skip
             bar.update(meter.finished, meter.row())
         responses = [found[i] for i in range(len(requests))]
         whole = [prefix[q.id] + r.tokens.tolist() for q, r in zip(requests, responses, strict=True)]

@@ -382,7 +382,10 @@ def _over_chunks(plan: Plan, step: Any, carry: Any, hidden_BTD: Array, x: Tokens
     def body(i: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         ids, chunk = gather(i)
         carry, made = step(state[0], *chunk)
-        put = lambda to, a: to.at[ids].set(a.reshape(size, *a.shape[2:]), mode="drop", unique_indices=True)  # noqa: E731
+
+        def put(to: Array, a: Array) -> Array:
+            return to.at[ids].set(a.reshape(size, *a.shape[2:]), mode="drop", unique_indices=True)
+
         return carry, jax.tree.map(put, state[1], made)
 
     made = jax.eval_shape(lambda: step(carry, *gather(jnp.int32(0))[1])[1])

@@ -28,9 +28,8 @@ from opd_jax.types import Params, Rollouts, Scores, Sequences
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model on the mesh: weights, shape, and where it was loaded from."""
+    """A model on the mesh."""
 
-    path: str
     params: Params
     config: DecoderConfig
 

@@ -95,7 +95,7 @@ def prepare(config: Config) -> Setup:
     dtype = jnp.dtype(config.dtype)
 
     def frozen(path: str) -> Network:
-        return Network(path, *load_model(path, layout, dtype))
+        return Network(*load_model(path, layout, dtype))
 
     teachers = tuple(frozen(section.path) for section in teachers_of(config))
     teacher = teachers[0] if teachers else None
