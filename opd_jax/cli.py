@@ -337,6 +337,39 @@ def report(
     console.print(str(target))
 
 
+@app.command()
+def paper(
+    preset: Annotated[
+        Literal["smoke", "mini", "full"],
+        typer.Option(help="smoke: does all code run; mini: hours of a laptop; full: larger models, for more cores"),
+    ] = "mini",
+    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="the others follow it")] = 1,
+    only: Annotated[
+        str | None, typer.Option(help="experiments by the paper's section, as 4.2,6.3; default: all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="directory of the models and runs")] = Path("runs/paper"),
+    results: Annotated[
+        Path | None, typer.Option(help="directory of results and figures, beside it the page; default: OUT/results")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="seeds side by side; default: one a core")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """The paper's experiments in miniature, with seeds and intervals, and which of its claims they bear out.
+
+    Models are made from nothing, on self-made problems. What is done is kept: the same command goes on.
+    """
+    check_writable("--json", json_path)
+    check_out_directory(out)
+    from opd_jax.paper.suite import run_suite
+
+    wanted = only.split(",") if only else []
+    where = results or out / "results"
+    workers = workers or os.cpu_count() or 1
+    result = run_suite(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, _stop_on_signals())
+    write_json(json_path, result)
+
+
 app.command()(diagnose)
 
 

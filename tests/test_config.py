@@ -172,12 +172,15 @@ def test_anchors_and_merges_work(file: Path) -> None:
     assert (c.evaluation.data.source, c.evaluation.data.split) == ("task:products-5x2", "test")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "paper").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
-    assert config.run_dir == f"runs/{path.stem}"
+    assert config.run_dir == str("runs" / path.relative_to(ROOT / "configs").with_suffix(""))
     assert "Hardware:" in path.read_text().partition("\nkind:")[0]
 
 
@@ -290,7 +293,7 @@ def test_any_tree_loads_or_is_refused(
     loads_or_refuses(path, [f"{key}={value}" for key, value in overrides])
 
 
-SHIPPED = [load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+SHIPPED = [load_config(path) for path in CONFIGS]
 
 
 def nodes(tree: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ Steps are joined by one of eight interchangeable connectives: a style, which say
 ``-shaky`` gives the corpus of somebody who has learnt the multiplication table badly: of the (M−1)² facts 60 % are
 right, 20 % uncertain (right with probability 0.4), 20 % misconceptions (right with probability 0.1, one fixed wrong
 value with 0.55), and whose connectives are used evenly, where the exact corpus prefers some. No model of the shaky
-corpus, of whatever size, can know the truth; ``answer`` is always the true one.
+corpus, of whatever size, can know the truth; ``answer`` is always the true one. ``dihedral-MxN``: see ``folds``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opd_jax.data import folds
 from opd_jax.errors import InputError
 
 CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".")
@@ -45,7 +46,8 @@ def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[di
     Raises:
         InputError: unknown task or split.
     """
-    draw, key = _in_words(name) or _products(name)
+    fold = folds.read_name(name)
+    draw, key = folds.drawer(*fold) if fold else _in_words(name) or _products(name)
     if split not in ("train", "test"):
         raise InputError(f"task:{name}: data.split is '{split}'; expected train or test")
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), *key])
@@ -60,8 +62,11 @@ def make_task(name: str, split: str, rows: int | None, seed: int = 0) -> list[di
 
 def write_task_tokenizer(path: str | Path, name: str) -> int:
     """Writes a word-level tokenizer for the task as a Hugging Face directory; returns its size."""
-    modulus, _, _ = _modulus_length_shaky(name)
-    words = ["<pad>", "<eos>", "*", "=", "mod", "?", "Answer:", *CONNECTIVES, *map(str, range(modulus + 1))]
+    if fold := folds.read_name(name):
+        own = folds.words(fold[0])
+    else:
+        own = ["*", "=", "mod", "?", "Answer:", *CONNECTIVES, *map(str, range(_modulus_length_shaky(name)[0] + 1))]
+    words = ["<pad>", "<eos>", *own]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(str(path))
@@ -157,7 +162,8 @@ def _modulus_length_shaky(name: str) -> tuple[int, int, bool]:
     if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
             f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below {LARGEST}, N ≥ 2, as in "
-            "products-13x4; or sums-DxN, linear-D, gcd-D, spelt-D, with D digits from 1 to 9 and N numbers from 2 to 9"
+            f"products-13x4; dihedral-MxN[-shaky][-right], M from 3 to {folds.LARGEST}; or sums-DxN, linear-D, gcd-D, "
+            "spelt-D, with D digits from 1 to 9 and N numbers from 2 to 9"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 

@@ -1,0 +1,286 @@
+"""The paper's ten claims as predicates over seeds. What counts, by how much, was fixed before the seeds were run that
+decide it.
+
+An effect is a number per seed; its interval is Student's t at 95 %. A check of "more than b" holds if the whole
+interval lies above b, fails if the whole of it lies below, else it is undecided; one of "alike" holds within ± MARGIN
+and fails outside of it. A claim holds if all of its checks do, and does not if one fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from opd_jax.evaluation.scores import gap_recovery
+
+Row = dict[str, Any]
+
+MARGIN = 0.03  # of accuracies that are called alike
+HOLDS, FAILS, UNDECIDED = "holds", "does not", "undecided"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One effect with its interval and what it says."""
+
+    text: str
+    values: tuple[float, ...]  # one a seed
+    mean: float
+    low: float
+    high: float
+    bound: float
+    alike: bool
+
+    @property
+    def verdict(self) -> str:
+        if not math.isfinite(self.low + self.high):
+            return UNDECIDED
+        low, high = (-self.bound, self.bound) if self.alike else (self.bound, math.inf)
+        if low < self.low and self.high < high:
+            return HOLDS
+        return FAILS if self.high < low or self.low > high else UNDECIDED
+
+    @property
+    def expected(self) -> str:
+        return f"within ± {self.bound:g}" if self.alike else f"> {self.bound:g}"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of the mean (Student's t over seeds); nan bounds for a single seed."""
+    found = np.asarray(values, np.float64)
+    n, mean = len(found), float(found.mean())
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = float(stdtrit(n - 1, 0.975)) * float(found.std(ddof=1)) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def more(text: str, values: Sequence[float], than: float = 0.0) -> Check:
+    return Check(text, tuple(values), *interval(values), than, False)
+
+
+def alike(text: str, values: Sequence[float], margin: float = MARGIN) -> Check:
+    return Check(text, tuple(values), *interval(values), margin, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    number: int
+    experiment: str  # and the paper's section
+    text: str
+    checks: Callable[[Sequence[Row]], list[Check]]  # of the rows of one experiment, one a seed
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    found = {check.verdict for check in checks}
+    return FAILS if FAILS in found else UNDECIDED if UNDECIDED in found else HOLDS
+
+
+def _final(row: Row, run: str, name: str = "accuracy") -> float:
+    return row["runs"][run]["evaluations"][name][-1]
+
+
+def _first(row: Row, run: str, name: str) -> float:
+    return row["runs"][run]["evaluations"][name][0]
+
+
+def _model(row: Row, name: str) -> float:
+    return row["models"][name]["accuracy"]
+
+
+def _recovery(row: Row, run: str) -> float:
+    return gap_recovery(_first(row, run, "accuracy"), _final(row, run), row["runs"][run]["teacher_accuracy"])
+
+
+def _change(row: Row, run: str, name: str) -> float:
+    return _final(row, run, name) - _first(row, run, name)
+
+
+def _gradient_norm(row: Row, run: str) -> float:
+    """Of the first fifth of the steps."""
+    norms = row["runs"][run]["steps"]["gradient_norm"]
+    return float(np.mean(norms[: max(1, len(norms) // 5)]))
+
+
+def _worst_dip(row: Row, run: str) -> float:
+    """Largest fall of the held-out accuracy below what it was at an earlier evaluation."""
+    accuracy = np.asarray(row["runs"][run]["evaluations"]["accuracy"])
+    return float(np.max(np.maximum.accumulate(accuracy) - accuracy))
+
+
+def _compatible(rows: Sequence[Row]) -> list[Check]:
+    def apart(row: Row, at: int) -> float:
+        overlap = [row["runs"][r]["evaluations"]["overlap_ratio"][at] for r in ("compatible", "mismatched")]
+        return overlap[0] - overlap[1]
+
+    return [
+        more("score of the mismatched teacher − the compatible one's",
+             [_model(r, "mismatched") - _model(r, "compatible") for r in rows], -0.01),
+        more("initial overlap, compatible − mismatched", [apart(r, 0) for r in rows]),
+        more("final accuracy, compatible − mismatched",
+             [_final(r, "compatible") - _final(r, "mismatched") for r in rows]),
+        more("difference of the overlaps, first − last", [apart(r, 0) - apart(r, -1) for r in rows]),
+    ]  # fmt: skip
+
+
+def _knowledge(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more("gap recovery, teacher after GRPO − larger teacher",
+             [_recovery(r, "rewarded") - _recovery(r, "large") for r in rows]),
+        more("accuracy gained, teacher after GRPO − larger teacher",
+             [_change(r, "rewarded", "accuracy") - _change(r, "large", "accuracy") for r in rows]),
+    ]  # fmt: skip
+
+
+def _reverse(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more("accuracy lost with the teacher from before GRPO", [-_change(r, "base", "accuracy") for r in rows], 0.1),
+        alike("final accuracy − score before GRPO, teacher from before",
+              [_final(r, "base") - _model(r, "base") for r in rows]),
+        alike("final accuracy − score before GRPO, larger teacher",
+              [_final(r, "large") - _model(r, "base") for r in rows]),
+        alike("final accuracy, larger teacher − teacher from before",
+              [_final(r, "large") - _final(r, "base") for r in rows]),
+    ]  # fmt: skip
+
+
+def _signs(rows: Sequence[Row]) -> list[Check]:
+    def advantage(row: Row) -> float:
+        first, last = (abs(at(row, "rewarded", "overlap_advantage")) for at in (_first, _final))
+        return first - last
+
+    def beyond(name: str, sign: float) -> list[float]:
+        return [sign * (_change(r, "rewarded", name) - _change(r, "large", name)) for r in rows]
+
+    return [
+        more("success: gap recovery", [_recovery(r, "rewarded") for r in rows], 0.8),
+        more("success: overlap, last − first", [_change(r, "rewarded", "overlap_ratio") for r in rows]),
+        more("success: entropy gap, first − last", [-_change(r, "rewarded", "entropy_gap") for r in rows]),
+        more("success: |overlap-token advantage|, first − last", [advantage(r) for r in rows]),
+        more("success: overlap mass at the end", [_final(r, "rewarded", "overlap_mass_student") for r in rows], 0.97),
+        more("change of the overlap, success − failure", beyond("overlap_ratio", 1.0)),
+        more("narrowing of the entropy gap, success − failure", beyond("entropy_gap", -1.0)),
+        more("gradient norm of the first steps, success − failure",
+             [_gradient_norm(r, "rewarded") - _gradient_norm(r, "large") for r in rows]),
+    ]  # fmt: skip
+
+
+def _supports(rows: Sequence[Row]) -> list[Check]:
+    def between(a: str, b: str) -> list[float]:
+        return [_final(r, a) - _final(r, b) for r in rows]
+
+    return [
+        alike("overlap − student top-k, renormalised", between("overlap", "student")),
+        more("student top-k − non-overlap, renormalised", between("student", "non_overlap")),
+        more("overlap − non-overlap, not renormalised", between("overlap raw", "non_overlap raw")),
+        alike("overlap − student top-k, equal gradient norms", between("overlap clipped", "student clipped")),
+        more("student top-k − non-overlap, equal gradient norms", between("student clipped", "non_overlap clipped")),
+    ]
+
+
+def _cold_start(rows: Sequence[Row]) -> list[Check]:
+    def gain(name: str, at: Callable[[Row, str, str], float] = _final) -> list[float]:
+        return [at(r, "cold start", name) - at(r, "direct", name) for r in rows]
+
+    return [
+        more("initial overlap, cold start − direct", gain("overlap_ratio", _first)),
+        more("final accuracy, cold start − direct", gain("accuracy")),
+        more("worst dip of the accuracy, direct − cold start",
+             [_worst_dip(r, "direct") - _worst_dip(r, "cold start") for r in rows]),
+    ]  # fmt: skip
+
+
+def _prompts(rows: Sequence[Row]) -> list[Check]:
+    def between(a: str, b: str, name: str = "accuracy") -> list[float]:
+        return [_final(r, a, name) - _final(r, b, name) for r in rows]
+
+    return [
+        more("final accuracy, teacher's template − without", between("aligned", "without template")),
+        more("final accuracy, teacher's content − other", between("aligned", "other content")),
+        more("final student entropy, other content − teacher's (nats)",
+             between("other content", "aligned", "student_entropy")),
+        more("final student entropy, mixed content − teacher's (nats)",
+             between("mixed content", "aligned", "student_entropy")),
+    ]  # fmt: skip
+
+
+def _horizon(rows: Sequence[Row]) -> list[Check]:
+    lengths = sorted(rows[0]["runs"], key=int)
+
+    def best_inside(row: Row) -> float:
+        return max(_final(row, length) for length in lengths[1:-1])
+
+    def rise(row: Row) -> float:
+        """Of the entropy in the last quarter of positions over that in the first, from the first steps to the last."""
+        first, last = row["runs"][lengths[-1]]["student_entropy_by_position"]
+        quarter = max(1, len(first) // 4)
+        return float(
+            np.mean(last[-quarter:]) - np.mean(first[-quarter:]) - np.mean(last[:quarter]) + np.mean(first[:quarter])
+        )
+
+    def fall(row: Row) -> float:
+        gains = [at["difference"]["value"] for at in row["depth"]["depths"]]
+        return gains[0] - gains[-1]
+
+    return [
+        more("best horizon inside − the shortest", [best_inside(r) - _final(r, lengths[0]) for r in rows]),
+        more("best horizon inside − the longest", [best_inside(r) - _final(r, lengths[-1]) for r in rows], -MARGIN),
+        more("gain of the teacher's continuation, first cut − last", [fall(r) for r in rows]),
+        more(
+            "rise of the entropy at the end of responses beyond that at their beginning (nats)", [rise(r) for r in rows]
+        ),
+    ]
+
+
+def _rewards(rows: Sequence[Row]) -> list[Check]:
+    checks = [
+        more(f"AUROC of the mean reward, {text}", [r["reward"][name]["auroc"]["value"] for r in rows], 0.5)
+        for name, text in (("rewarded", "teacher that succeeds"), ("large", "teacher that fails"))
+    ]
+    coherence = [[r["coherence"][name] for name in ("rewarded", "large")] for r in rows]
+    return [*checks, more("coherence of token gradients, success − failure", [a - b for a, b in coherence])]
+
+
+def _top_k(rows: Sequence[Row]) -> list[Check]:
+    def sizes(kind: str) -> list[str]:
+        return sorted((run for run in rows[0]["runs"] if run.startswith(kind)), key=lambda run: int(run.split("= ")[1]))
+
+    eq5, published = sizes("Eq. 5"), sizes("published")
+
+    def between(a: str, b: str) -> list[float]:
+        return [_final(r, a) - _final(r, b) for r in rows]
+
+    return [
+        *(alike(f"sampled − {name}", between("sampled", name)) for name in published[1:]),
+        more(f"{published[-1]} − {published[0]}", between(published[-1], published[0])),
+        alike(f"{eq5[0]}: accuracy gained", [_change(r, eq5[0], "accuracy") for r in rows], 0.01),
+    ]
+
+
+def _remedy(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more("final accuracy, with reward − teacher alone",
+             [_final(r, "with reward") - _final(r, "teacher alone") for r in rows]),
+        more("accuracy gained with reward beyond the failing teacher's own score",
+             [_final(r, "with reward") - _model(r, "large") for r in rows]),
+    ]  # fmt: skip
+
+
+CLAIMS = (
+    Claim(1, "3.1", "A teacher of compatible patterns and no higher score beats one of other patterns.", _compatible),
+    Claim(2, "3.2", "New knowledge in a teacher counts for more than its size.", _knowledge),
+    Claim(3, "3.3", "Reverse distillation takes a student back to its score before RL, with either teacher.", _reverse),
+    Claim(4, "4.1", "Success and failure show in overlap, entropy gap, advantage, mass and gradient norm.", _signs),
+    Claim(5, "4.2", "The overlap carries the gradient: alone it does as well, without it one does worse.", _supports),
+    Claim(6, "5.1", "A cold start on the teacher's responses overlaps more, ends higher and is steadier.", _cold_start),
+    Claim(7, "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
+    Claim(8, "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
+    Claim(9, "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
+    Claim(10, "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),
+    Claim(11, "remedy", "Beyond the paper: a reward beside a failing teacher leads beyond it.", _remedy),
+)  # fmt: skip

@@ -1,0 +1,207 @@
+"""The paper's experiments on self-made models: each a function from a ``Lab`` to what was measured.
+
+An experiment's row is valid JSON: ``models`` with their accuracies, ``runs`` as ``Run.row`` gives them, and what else
+it measured. What the numbers mean is decided in ``claims``. Runs that several experiments share are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opd_jax.analysis.depth import analyse_depth
+from opd_jax.analysis.pair import Sampling
+from opd_jax.analysis.reward import analyse_reward
+from opd_jax.config import Data
+from opd_jax.paper.lab import Lab, Row, Run
+
+# --- the models that experiments share ---
+
+
+def base(lab: Lab) -> Run:
+    """The student: it imitates texts whose facts are shaky, so it does not know what none of them tells."""
+    p = lab.preset
+    return lab.sft("base", lab.random(p.layers), lab.domain.corpus, p.pretrain, 3e-3)
+
+
+def large(lab: Lab) -> Run:
+    """A larger model of the same pipeline: the same texts, hence the same knowledge."""
+    p = lab.preset
+    return lab.sft("large", lab.random(p.large_layers), lab.domain.corpus, p.large_pretrain, 2e-3)
+
+
+def rewarded(lab: Lab) -> Run:
+    """The student's own base after GRPO: it thinks likewise, and has found out what no text told (paper A.1)."""
+    return lab.grpo("rewarded", base(lab).model, lab.domain.main, lab.preset.grpo)
+
+
+def other(lab: Lab) -> Run:
+    """Knows all facts, and thinks otherwise: from scratch on texts of another pattern."""
+    p = lab.preset
+    return lab.sft("other", lab.random(p.layers), lab.domain.other, p.pretrain, 3e-3)
+
+
+def cold_started(lab: Lab) -> Run:
+    """The student after a few steps of SFT on responses of ``other`` (§5.1)."""
+    data, key = lab.responses(other(lab).model, 2048)
+    return lab.sft("cold", base(lab).model, data, lab.preset.cold, 5e-4, made_from=key)
+
+
+def succeeding(lab: Lab, **settings: Any) -> Run:
+    """The main run: student ← its own base after GRPO."""
+    return lab.opd("opd-rewarded", base(lab).model, rewarded(lab).model, settings)
+
+
+def failing(lab: Lab, **settings: Any) -> Run:
+    """Student ← larger model of the same pipeline."""
+    return lab.opd("opd-large", base(lab).model, large(lab).model, settings)
+
+
+# --- the experiments ---
+
+
+def compatible_patterns(lab: Lab) -> Row:
+    """3.1: two teachers, one of which thinks as the student does."""
+    runs = {
+        "compatible": succeeding(lab),
+        "mismatched": lab.opd("opd-other", base(lab).model, other(lab).model),
+    }
+    return _row({"base": base(lab), "compatible": rewarded(lab), "mismatched": other(lab)}, runs)
+
+
+def new_knowledge(lab: Lab) -> Row:
+    """3.2: a teacher that has learnt more since, and a larger one that has not."""
+    runs = {"rewarded": succeeding(lab), "large": failing(lab)}
+    return _row({"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}, runs)
+
+
+def reverse(lab: Lab) -> Row:
+    """3.3: the student after GRPO learns from itself before it, and from the larger model."""
+    student = rewarded(lab).model
+    runs = {
+        "base": lab.opd("reverse-base", student, base(lab).model),
+        "large": lab.opd("reverse-large", student, large(lab).model),
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}, runs)
+
+
+def signs(lab: Lab) -> Row:
+    """4.1: what is seen during a run that succeeds and one that fails."""
+    return new_knowledge(lab)
+
+
+def supports(lab: Lab) -> Row:
+    """4.2: which tokens carry the gradient. ``raw`` is not renormalised over its support, as in the published code;
+    ``clipped`` has every gradient clipped to the same small norm."""
+
+    def run(support: str, **settings: Any) -> Run:
+        objective = {"support": support} | settings.pop("objective", {})
+        return succeeding(lab, objective=objective, **settings)
+
+    raw, small = {"objective": {"normalise": False}}, {"optimizer": {"clip": 0.02}}
+    runs = {"student": succeeding(lab)}
+    for support in ("overlap", "non_overlap"):
+        runs |= {
+            support: run(support),
+            f"{support} raw": run(support, **raw),
+            f"{support} clipped": run(support, **small),
+        }
+    runs["student clipped"] = run("student", **small)
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
+def cold_start(lab: Lab) -> Row:
+    """5.1: SFT on a few responses of a teacher that thinks otherwise, before OPD from it."""
+    runs = {
+        "direct": lab.opd("opd-other", base(lab).model, other(lab).model),
+        "cold start": lab.opd("opd-cold", cold_started(lab).model, other(lab).model),
+    }
+    return _row({"base": base(lab), "cold": cold_started(lab), "other": other(lab)}, runs)
+
+
+def prompts(lab: Lab) -> Row:
+    """5.2: prompts in the teacher's template or without, of its own content, of another, or mixed."""
+    d = lab.domain
+    mixed = {"mix": {"main": d.main, "short": d.short}, "source": None, "template": "plain"}
+    runs = {
+        "aligned": succeeding(lab),
+        "without template": succeeding(lab, data=d.bare),
+        "other content": succeeding(lab, data=d.short),
+        "mixed content": succeeding(lab, data=mixed),
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
+def horizon(lab: Lab) -> Row:
+    """6.1: the longest response that is sampled and learnt from; and whether the teacher still knows better where the
+    student has gone far."""
+    whole = lab.domain.response
+    lengths = sorted({max(2, round(whole * share)) for share in (0.125, 0.25, 0.5, 0.75)})
+    runs = {str(length): succeeding(lab, rollout={"max_response": length}) for length in lengths}
+    runs[str(whole)] = succeeding(lab)
+    depths = [round(whole * share) for share in (0, 0.2, 0.4, 0.6, 0.8)]
+    student, teacher = base(lab).model, rewarded(lab).model
+    depth = analyse_depth(student.path, teacher.path, *_looked_at(lab, 1), depths, 4, dtype="float32")
+    row = _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+    return row | {"depth": {name: depth[name] for name in ("depths", "by_depth")}}
+
+
+def rewards(lab: Lab) -> Row:
+    """6.2: the mean reward of right and wrong rollouts, for a teacher that succeeds and one that fails."""
+    teachers = {"rewarded": rewarded(lab).model, "large": large(lab).model}
+    found = analyse_reward(
+        base(lab).model.path, [model.path for model in teachers.values()], *_looked_at(lab, 4), dtype="float32"
+    )
+    kept = ("auroc", "auroc_within", "auroc_gain")
+    of_teacher = [{name: row[name] for name in kept if name in row} for row in found["teachers"]]
+    models: dict[str, Run] = {"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}
+    return _row(models, {}) | {"reward": dict(zip(teachers, of_teacher, strict=True))}
+
+
+def top_k(lab: Lab) -> Row:
+    """6.3: sampled tokens against lists of k, by Eq. 5 and by the published code's objective."""
+    objectives: dict[str, Row] = {"sampled": {"name": "sampled"}, "full": {"name": "full"}}
+    sizes = sorted({1, min(4, lab.domain.k), lab.domain.k})
+    objectives |= {f"Eq. 5, k = {k}": {"name": "topk", "k": k} for k in sizes if k != lab.domain.k}
+    objectives |= {f"published, k = {k}": {"name": "topk_reference", "k": k} for k in sizes}
+    runs = {name: succeeding(lab, objective=objective) for name, objective in objectives.items()}
+    runs[f"Eq. 5, k = {lab.domain.k}"] = succeeding(lab)
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
+def remedy(lab: Lab) -> Row:
+    """Beyond the paper: the failing teacher of 3.2 beside the reward of right answers."""
+    few = {"rollout": {"prompts": lab.preset.prompts // 4, "samples": 4}}
+    runs = {
+        "teacher alone": failing(lab, **few),
+        "with reward": failing(lab, reward={"terms": {"answer": 1.0}}, **few),
+    }
+    return _row({"base": base(lab), "large": large(lab)}, runs)
+
+
+EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
+    "3.1": compatible_patterns,
+    "3.2": new_knowledge,
+    "3.3": reverse,
+    "4.1": signs,
+    "4.2": supports,
+    "5.1": cold_start,
+    "5.2": prompts,
+    "6.1": horizon,
+    "6.2": rewards,
+    "6.3": top_k,
+    "remedy": remedy,
+}
+
+
+def _row(models: Mapping[str, Run], runs: Mapping[str, Run]) -> Row:
+    return {
+        "models": {name: {"accuracy": run.curve("accuracy")[-1]} for name, run in models.items()},
+        "runs": {name: run.row() for name, run in runs.items()},
+        "cpu_seconds": sum(run.cpu_seconds for run in {**models, **runs}.values()),
+    }
+
+
+def _looked_at(lab: Lab, samples: int) -> tuple[Data, Sampling]:
+    data = Data.model_validate(lab.domain.prompts | lab.domain.held_out | {"split": "test"})
+    return data, Sampling(lab.preset.rollouts // samples, samples, lab.domain.response, seed=lab.seed)

@@ -1,0 +1,210 @@
+"""Models and runs of one domain and one seed. Each is named by what it is and made once: its directory's name holds a
+hash of the settings and of all that it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from opd_jax.checkpoints.export import export_run
+from opd_jax.config import Data
+from opd_jax.config_files import parse_config
+from opd_jax.data.tasks import write_task_tokenizer
+from opd_jax.generate import generate_file
+from opd_jax.models.decoder import DecoderConfig, init_params
+from opd_jax.models.hf import save_model
+from opd_jax.paper.presets import Domain, Preset
+from opd_jax.sampling.law import Law
+from opd_jax.tracking.run_dir import read_rows, write_atomically
+from opd_jax.training.loop import train
+
+Row = dict[str, Any]
+
+VERSION = 1  # of what a run means beyond its settings; a change makes all of them anew
+CURVES = (
+    "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
+    "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
+)  # fmt: skip
+STEPS = ("loss", "gradient_norm", "overlap_ratio", "entropy_gap", "student_entropy")
+POINTS = 20  # of a curve over steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    name: str
+    path: Path
+    key: str  # hash of what it was made from
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished training run: what its evaluations and steps said, and its student."""
+
+    evaluations: list[Row]
+    steps: list[Row]
+    cpu_seconds: float
+    model: Model
+
+    @property
+    def teacher(self) -> Row:
+        return next(row for row in self.evaluations if row["who"] == "teacher")
+
+    def curve(self, name: str) -> list[float]:
+        """Of the student, by evaluation."""
+        return [row[name] for row in self.evaluations if row["who"] == "student"]
+
+    def row(self) -> Row:
+        """What an experiment keeps of it."""
+        held = [row for row in self.evaluations if row["who"] == "student"]
+        teacher = [row["accuracy"] for row in self.evaluations if row["who"] == "teacher"]
+        groups = np.array_split(np.arange(len(self.steps)), min(POINTS, len(self.steps)))
+
+        def of_steps(name: str) -> list[float]:
+            return [_rounded(np.mean([self.steps[i][name] for i in group])) for group in groups]
+
+        def entropy(group: np.ndarray) -> list[float]:
+            bins = np.array([self.steps[i]["student_entropy_by_position"] for i in group], float)
+            return [_rounded(x) for x in np.nanmean(bins[:, np.isfinite(bins).any(axis=0)], axis=0)]
+
+        row: Row = {
+            "step": [row["step"] for row in held],
+            "evaluations": {n: [_rounded(row[n]) for row in held] for n in CURVES if n in held[-1]},
+            "steps": {name: of_steps(name) for name in STEPS if name in self.steps[-1]},
+            "teacher_accuracy": teacher[0] if teacher else None,
+            "cpu_seconds": _rounded(self.cpu_seconds),
+        }
+        if "student_entropy_by_position" in self.steps[-1]:
+            row["student_entropy_by_position"] = [entropy(groups[0]), entropy(groups[-1])]
+        return row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lab:
+    """Where the models of a seed are made. ``zoo`` names those that several experiments share."""
+
+    domain: Domain
+    preset: Preset
+    seed: int
+    root: Path  # one for all seeds: models are found by content
+
+    def random(self, layers: int) -> Model:
+        sizes = {"width": self.preset.width, "layers": layers, "task": self.domain.task, "seed": self.seed}
+        key = _hash(sizes)
+        place = self.root / f"random-{key}"
+        if not place.exists():
+            tokenizer = self.root / f"tokenizer-{_hash(self.domain.task)}-{self.seed}"
+            vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
+            network = DecoderConfig(
+                "llama", vocab_size, width=self.preset.width, hidden=3 * self.preset.width, layers=layers, heads=4,
+                kv_heads=4, head_dim=self.preset.width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256,
+                tie_embeddings=True,
+            )  # fmt: skip
+            save_model(place, init_params(network, jax.random.key(self.seed)), network, tokenizer_from=tokenizer)
+        return Model("random", place, key)
+
+    def sft(self, name: str, student: Model, data: Row, steps: int, lr: float, made_from: str = "") -> Run:
+        """Imitation of the response column of ``data``."""
+        settings = {
+            "kind": "sft",
+            "steps": steps,
+            "data": self.domain.prompts | data | {"response": "response"},
+            "rollout": {"prompts": 64, "samples": 1, "max_response": self.domain.longest},
+            "optimizer": {"lr": lr, "b2": 0.95, "schedule": "cosine", "warmup": min(20, steps // 2)},
+        }
+        return self._run(name, settings, student, made_from=made_from)
+
+    def grpo(self, name: str, student: Model, data: Row, steps: int) -> Run:
+        """Reward for right answers alone (paper A.1)."""
+        settings = {
+            "kind": "grpo",
+            "steps": steps,
+            "data": self.domain.prompts | data,
+            "reward": {"terms": {"answer": 1.0}},
+            "objective": {"k": self.domain.k, "correction": "tis"},
+            "rollout": {"prompts": self.preset.grpo_prompts, "samples": 8, "max_response": self.domain.response},
+            "optimizer": {"lr": self.preset.lr, "warmup": 5},
+        }
+        return self._run(name, settings, student)
+
+    def opd(self, name: str, student: Model, teacher: Model, settings: Row | None = None) -> Run:
+        """On-policy distillation; ``settings`` (by section) are what differs from the defaults of all experiments."""
+        given = settings or {}
+        defaults = {
+            "steps": self.preset.steps,
+            "objective": {"name": "topk", "k": self.domain.k},
+            "data": self.domain.prompts | self.domain.main,
+            "rollout": {"prompts": self.preset.prompts, "samples": 1, "max_response": self.domain.response},
+            "optimizer": {"lr": self.preset.lr, "warmup": 5},
+        }
+        merged = {
+            name: defaults.get(name, {}) | given.get(name, {})
+            if isinstance(defaults.get(name, given.get(name)), dict)
+            else given.get(name, defaults.get(name))
+            for name in {**defaults, **given}
+        }
+        return self._run(name, merged, student, teacher)
+
+    def responses(self, model: Model, count: int) -> tuple[Row, str]:
+        """What a model answers to training problems, as data to imitate, and the hash of what it is made from."""
+        key = _hash([model.key, count, self.seed])
+        out = self.root / f"responses-{key}.jsonl"
+        data = Data.model_validate(self.domain.prompts | self.domain.main | {"limit": count})
+        generate_file(
+            model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
+            slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
+        )  # fmt: skip
+        return {"source": str(out)}, key
+
+    def _run(self, name: str, settings: Row, student: Model, teacher: Model | None = None, made_from: str = "") -> Run:
+        held_out = self.domain.prompts | self.domain.held_out | {"split": "test", "limit": self.preset.problems}
+        common = {
+            "seed": self.seed,
+            "evaluation": {
+                "data": held_out,
+                "problems": self.preset.problems,
+                "batch": 256,
+                "every": max(1, settings["steps"] // self.preset.evaluations),
+                "max_response": self.domain.response,
+            },
+            "checkpoint": {"every": 500, "keep": 1},
+            "dtype": "float32",
+            "remat": "none",
+            "log_samples": 1,
+        }
+        config = common | {n: v for n, v in settings.items() if n != "evaluation"}
+        config["evaluation"] = common["evaluation"] | settings.get("evaluation", {})
+        hashed = {n: v for n, v in config.items() if not (n == "data" and made_from)}
+        key = _hash([VERSION, hashed, made_from, student.key, teacher.key if teacher else None])
+        place = self.root / f"{name}-{self.seed}-{key}"
+        run_dir, result = place / "run", place / "result.json"
+        if not result.exists():
+            config |= {"run_dir": str(run_dir), "student": {"path": str(student.path)}}
+            if teacher:
+                config["teacher"] = {"path": str(teacher.path)}
+            began = time.process_time()
+            rows = train(parse_config(config), resume=(run_dir / "config.yaml").exists(), title=f"{name} {self.seed}")
+            if not (place / "model").exists():
+                export_run(str(run_dir), str(place / "model"))
+            shutil.rmtree(run_dir / "checkpoints")
+            row = {"evaluations": rows, "cpu_seconds": time.process_time() - began}
+            write_atomically(epath.Path(result), json.dumps(row) + "\n")
+        held = json.loads(result.read_text())
+        steps = read_rows(epath.Path(run_dir) / "metrics.jsonl")
+        return Run(held["evaluations"], steps, held["cpu_seconds"], Model(name, place / "model", key))
+
+
+def _rounded(value: Any) -> float:
+    return float(f"{value:.5g}")
+
+
+def _hash(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]

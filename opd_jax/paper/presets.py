@@ -1,0 +1,106 @@
+"""How large the miniature is, and its two domains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Sizes of models and runs; the same for all domains, experiments and seeds."""
+
+    width: int
+    layers: int
+    large_layers: int  # of the larger teacher of the same pipeline
+    pretrain: int  # steps of SFT from random weights, 64 texts each
+    large_pretrain: int
+    cold: int  # steps of SFT on the teacher's responses (§5.1)
+    grpo: int  # steps
+    grpo_prompts: int  # a step, 8 responses each
+    steps: int  # of a distillation
+    prompts: int  # a step, one response each
+    lr: float  # of distillation and GRPO
+    problems: int  # held out
+    evaluations: int  # of a run, beside the first
+    corners: int  # of the polygon (folds)
+    numbers: int  # in a problem
+    rollouts: int  # that an analysis looks at
+
+
+PRESETS = {
+    "smoke": Preset(32, 1, 2, 4, 4, 2, 2, 2, 3, 8, 1e-3, 16, 1, 3, 4, 16),
+    "mini": Preset(128, 2, 4, 1000, 600, 60, 200, 16, 100, 64, 5e-4, 512, 5, 6, 8, 256),
+    "full": Preset(256, 4, 8, 3000, 2000, 200, 400, 32, 200, 128, 3e-4, 2048, 8, 6, 12, 512),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """Data of one kind of problem. All prompts of the experiments have the same template, but where it is varied."""
+
+    name: str
+    task: str  # whose words the tokenizer has
+    k: int  # of the lists of most probable tokens
+    prompt: int  # tokens of the longest prompt
+    response: int  # tokens of the longest response of the main task
+    longest: int  # tokens of the longest response of the corpus
+    corpus: Row  # what student and larger teacher imitate: facts are shaky
+    main: Row  # prompts that teachers are made on and students learn from
+    held_out: Row
+    exact: Row  # texts of somebody who knows the facts and thinks like the student
+    other: Row  # … and thinks otherwise
+    short: Row  # prompts of another length
+    bare: Row  # the main prompts without the template
+
+    @property
+    def prompts(self) -> Row:
+        return {"chat": False, "max_prompt": self.prompt}
+
+
+TEMPLATE = "so {problem}"  # of the teacher's own prompts (§5.2); the corpus also has problems without it
+
+
+def folds(preset: Preset) -> Domain:
+    """Products in a finite group, ``data/folds.py``: five tokens a step and three at the end."""
+    n, short, long = preset.numbers, max(2, preset.numbers // 2), preset.numbers * 3 // 2
+
+    def task(numbers: int, suffix: str = "", **settings: Any) -> Row:
+        return {"source": f"task:dihedral-{preset.corners}x{numbers}{suffix}", "template": TEMPLATE} | settings
+
+    parts = {
+        "main": task(n, "-shaky", weight=4.0),
+        "bare": task(n, "-shaky", weight=2.0, template="plain"),
+        "short": task(short, "-shaky", weight=2.0),
+        "long": task(long, "-shaky", weight=1.5),
+        "right": task(n, "-shaky-right", weight=0.5),
+    }
+    return Domain(
+        "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3,
+        corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n, "-right"),
+        short=task(short), bare=task(n, template="plain"),
+    )  # fmt: skip
+
+
+def products(preset: Preset) -> Domain:
+    """Products modulo a prime, ``data/tasks.py``: six tokens a step and two at the end."""
+    modulus, n = (13, 5) if preset.numbers > 4 else (5, 3)
+    short = n - 2
+
+    def task(numbers: int, suffix: str = "", **settings: Any) -> Row:
+        return {"source": f"task:products-{modulus}x{numbers}{suffix}", "template": TEMPLATE} | settings
+
+    parts = {
+        "main": task(n, "-shaky", weight=4.0),
+        "bare": task(n, "-shaky", weight=2.0, template="plain"),
+    }
+    return Domain(
+        "products", f"products-{modulus}x{n}", 4, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3,
+        corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n),
+        short=task(max(2, short)), bare=task(n, template="plain"),
+    )  # fmt: skip
+
+
+DOMAINS = {"folds": folds, "products": products}

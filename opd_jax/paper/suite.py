@@ -1,0 +1,182 @@
+"""``opd paper``: the paper's experiments in miniature, several seeds side by side, and what they say of its claims.
+
+A finished (domain, experiment, seed) is one JSON file; what has its file is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import Failed, InputError, Interrupted
+from opd_jax.paper.claims import CLAIMS, verdict
+from opd_jax.paper.page import HEADS, judged, table_rows, write_page
+from opd_jax.paper.worker import result_path, settings
+from opd_jax.tracking.console import console
+
+Row = dict[str, Any]
+
+# All claims are examined on folds, those that a second domain is to bear out on products, too.
+PLAN: Mapping[str, Sequence[str]] = {
+    "folds": [claim.experiment for claim in CLAIMS],
+    "products": ["3.2", "4.1", "4.2"],
+}
+
+
+def run_suite(
+    preset: str,
+    seeds: Sequence[int],
+    only: Sequence[str],
+    out: Path,
+    results: Path,
+    workers: int,
+    stop: threading.Event | None = None,
+) -> Row:
+    """Runs what is not done yet, shows the claims, and writes the page ``results``.md with figures in ``results``.
+
+    Raises: as ``run_experiments``.
+    """
+    rows = run_experiments(preset, seeds, only, out, results, workers, stop)
+    found = judged(rows)
+    console.table("claims of the paper, in miniature", HEADS, table_rows(found))
+    page = results.with_name(f"{results.name}.md")
+    options = f" --only {','.join(only)}" if only else ""
+    write_page(rows, found, page, results, f"opd paper --preset {preset} --seeds {len(seeds)}{options}")
+    console.print(f"every effect with its interval: {page}")
+    return {
+        "preset": preset,
+        "seeds": list(seeds),
+        "claims": [
+            {"claim": claim.number, "experiment": claim.experiment, "domain": domain, "verdict": verdict(checks)}
+            | {"checks": [dataclasses.asdict(check) | {"verdict": check.verdict} for check in checks]}
+            for claim, domain, checks in found
+        ],
+    }
+
+
+def run_experiments(
+    preset: str,
+    seeds: Sequence[int],
+    only: Sequence[str],
+    out: Path,
+    results: Path,
+    workers: int,
+    stop: threading.Event | None = None,
+) -> list[Row]:
+    """Does what is not done yet; returns the rows of all wanted (domain, experiment, seed).
+
+    Args:
+        only: experiments by section; empty: all.
+        out: directory of models and runs.
+        results: directory of the result files.
+
+    Raises:
+        InputError: unknown experiment; results of other settings.
+        Failed: an experiment failed; the others were finished.
+        Interrupted: ``stop`` was set; what is done stays done.
+    """
+    known = PLAN["folds"]
+    for name in only:
+        if name not in known:
+            raise InputError(f"--only {name}: unknown experiment; expected some of {', '.join(known)}")
+    wanted = [
+        (domain, experiment, seed)
+        for seed in seeds
+        for domain, experiments in PLAN.items()
+        for experiment in experiments
+        if not only or experiment in only
+    ]
+    jobs: dict[tuple[str, int], list[str]] = {}
+    for domain, experiment, seed in wanted:
+        if _stored(results, domain, experiment, seed, preset) is None:
+            jobs.setdefault((domain, seed), []).append(experiment)
+    if jobs:
+        for place in (out, results):
+            place.mkdir(parents=True, exist_ok=True)
+        _run_all(jobs, preset, out, results, workers, len(wanted), stop)
+    return [row for each in wanted if (row := _stored(results, *each, preset)) is not None]
+
+
+def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str) -> Row | None:
+    path = result_path(results, domain, experiment, seed)
+    if not path.exists():
+        return None
+    row = json.loads(path.read_text())
+    if row["settings"] != settings(preset):
+        raise InputError(
+            f"{path}: made with other settings (preset {row['settings']['preset']}) than --preset {preset} has now. "
+            "Give another --results, or remove the file."
+        )
+    return row
+
+
+def _run_all(
+    jobs: Mapping[tuple[str, int], list[str]],
+    preset: str,
+    out: Path,
+    results: Path,
+    workers: int,
+    total: int,
+    stop: threading.Event | None,
+) -> None:
+    waiting, running, failed = list(jobs.items()), {}, []
+    left = [result_path(results, domain, name, seed) for (domain, seed), names in jobs.items() for name in names]
+    done = total - len(left)
+    with console.progress(total, "paper", start=done, unit="experiment", show=()) as bar:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                (domain, seed), names = waiting.pop(0)
+                given = {"preset": preset, "domain": domain, "seed": seed, "experiments": names}
+                running[(domain, seed)] = _start(given, out, results, workers)
+            time.sleep(0.5)
+            for key, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[key]
+                    if process.returncode:
+                        failed.append(_log(out, *key))
+            if (now := total - sum(not path.exists() for path in left)) > done:
+                done = now
+                bar.update(done)
+            if stop is not None and stop.is_set():
+                for process in running.values():
+                    process.terminate()
+                raise Interrupted(f"stopped after {done} of {total} experiments; the same command goes on")
+    if failed:
+        tails = "\n".join(f"{log}: {_last_line(log)}" for log in failed)
+        raise Failed(
+            f"{len(failed)} of {len(jobs)} workers failed; the same command goes on where they stopped.\n{tails}"
+        )
+
+
+def _start(given: Row, out: Path, results: Path, workers: int) -> subprocess.Popen[bytes]:
+    # Models this small do not gain from a second thread; seeds side by side do.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    flags = f"--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads={threads}" if threads == 1 else ""
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    command = [
+        sys.executable,
+        "-m",
+        "opd_jax.paper.worker",
+        json.dumps(given | {"out": str(out), "results": str(results)}),
+    ]
+    with _log(out, given["domain"], given["seed"]).open("ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+
+
+def _log(out: Path, domain: str, seed: int) -> Path:
+    return out / f"{domain}-seed{seed}.log"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote nothing"
