@@ -78,7 +78,10 @@ BORNE_OUT: dict[str, Row] = {
             "mismatched": run(0.3, 0.7, overlap_ratio=(0.3, 0.75)),
         },
     },
-    "3.2": {"models": {}, "runs": {"rewarded": run(0.3, 0.9), "large": run(0.3, 0.35, 0.5)}},
+    "3.2": {
+        "models": {},
+        "runs": {"rewarded": run(0.3, 0.9), "taught": run(0.3, 0.91), "large": run(0.3, 0.35, 0.5)},
+    },
     "3.3": {
         "models": models(base=0.3, rewarded=0.95, large=0.4),
         "runs": {"base": run(0.95, 0.3, 0.3), "large": run(0.95, 0.31, 0.4)},

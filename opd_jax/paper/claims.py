@@ -101,6 +101,10 @@ def _change(row: Row, run: str, name: str) -> float:
     return _final(row, run, name) - _first(row, run, name)
 
 
+def _gain(row: Row, run: str) -> float:
+    return _change(row, run, "accuracy")
+
+
 def _gradient_norm(row: Row, run: str) -> float:
     """Of the first fifth of the steps."""
     norms = row["runs"][run]["steps"]["gradient_norm"]
@@ -130,10 +134,9 @@ def _compatible(rows: Sequence[Row]) -> list[Check]:
 
 def _knowledge(rows: Sequence[Row]) -> list[Check]:
     return [
-        more("gap recovery, teacher after GRPO − larger teacher",
-             [_recovery(r, "rewarded") - _recovery(r, "large") for r in rows]),
-        more("accuracy gained, teacher after GRPO − larger teacher",
-             [_change(r, "rewarded", "accuracy") - _change(r, "large", "accuracy") for r in rows]),
+        more(f"{text}, teacher after {kind} − larger teacher", [of(r, name) - of(r, "large") for r in rows])
+        for name, kind in (("rewarded", "GRPO"), ("taught", "SFT"))
+        for text, of in (("gap recovery", _recovery), ("accuracy gained", _gain))
     ]  # fmt: skip
 
 

@@ -35,6 +35,11 @@ def rewarded(lab: Lab) -> Run:
     return lab.grpo("rewarded", base(lab).model, lab.domain.main, lab.preset.grpo)
 
 
+def taught(lab: Lab) -> Run:
+    """The student's own base after SFT on texts that tell the truth."""
+    return lab.sft("taught", base(lab).model, lab.domain.exact, lab.preset.pretrain // 4, 5e-4)
+
+
 def other(lab: Lab) -> Run:
     """Knows all facts, and thinks otherwise: from scratch on texts of another pattern."""
     p = lab.preset
@@ -70,9 +75,13 @@ def compatible_patterns(lab: Lab) -> Row:
 
 
 def new_knowledge(lab: Lab) -> Row:
-    """3.2: a teacher that has learnt more since, and a larger one that has not."""
-    runs = {"rewarded": succeeding(lab), "large": failing(lab)}
-    return _row({"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}, runs)
+    """3.2: teachers that have learnt more since, by GRPO or from texts, and a larger one that has not."""
+    runs = {
+        "rewarded": succeeding(lab),
+        "taught": lab.opd("opd-taught", base(lab).model, taught(lab).model),
+        "large": failing(lab),
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab), "taught": taught(lab), "large": large(lab)}, runs)
 
 
 def reverse(lab: Lab) -> Row:
@@ -87,7 +96,8 @@ def reverse(lab: Lab) -> Row:
 
 def signs(lab: Lab) -> Row:
     """4.1: what is seen during a run that succeeds and one that fails."""
-    return new_knowledge(lab)
+    runs = {"rewarded": succeeding(lab), "large": failing(lab)}
+    return _row({"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}, runs)
 
 
 def supports(lab: Lab) -> Row:

@@ -162,7 +162,7 @@ class Lab:
             model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
             slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
         )  # fmt: skip
-        return {"source": str(out)}, key
+        return {"source": str(out), "skip_bad": True}, key  # an untrained model may say nothing
 
     def _run(self, name: str, settings: Row, student: Model, teacher: Model | None = None, made_from: str = "") -> Run:
         held_out = self.domain.prompts | self.domain.held_out | {"split": "test", "limit": self.preset.problems}
