@@ -1,4 +1,4 @@
-"""Verdicts of the claims: intervals against SciPy; every claim on made-up results that bear it out, or contradict it."""
+"""Verdicts of the claims: intervals against SciPy; every claim on made-up results that bear it out or contradict it."""
 
 from __future__ import annotations
 
