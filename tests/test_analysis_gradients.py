@@ -28,9 +28,9 @@ NAMES = tuple(VARIANTS)
 
 
 def tiny(vocab: int, seed: int, tied: bool = True, **sizes: Any) -> tuple[DecoderConfig, Any]:
-    sizes: dict[str, Any] = {"width": 16, "hidden": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8} | sizes
+    shape: dict[str, Any] = {"width": 16, "hidden": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8} | sizes
     network = DecoderConfig(
-        "llama", vocab, **sizes, norm_eps=1e-6, rope_theta=1e4, max_positions=64, tie_embeddings=tied
+        "llama", vocab, **shape, norm_eps=1e-6, rope_theta=1e4, max_positions=64, tie_embeddings=tied
     )
     return network, jax.tree.map(lambda w: 2 * w, init_params(network, jax.random.key(seed)))
 
@@ -190,12 +190,12 @@ def test_projections_of_a_model_of_a_million_weights() -> None:
     c, p = tiny(64, 0, width=128, hidden=512, layers=4, heads=4, kv_heads=4, head_dim=32)
     d, q = tiny(64, 1, width=32, layers=1)
     assert 0.9e6 < sum(x.size for x in jax.tree.leaves(p)) < 1.3e6
-    rollouts = rollouts_of(60, 8)
+    rollouts = rollouts_of(60, 4)
     states = choose_states(np.asarray(rollouts.lengths), 24, 2)
     both = Both(c, d, 60, 4, (("full", VARIANTS["full"]), ("topk k=4", VARIANTS["topk k=4"])))
     exact, rough = (token_gradients(both, p, q, rollouts, states, directions=n, title="") for n in (None, 1024))
     assert (exact.directions, rough.directions) == (None, 1024)
-    weights, mask = prompt_weights(4), np.ones(len(states.sequence), bool)
+    weights, mask = prompt_weights(2), np.ones(len(states.sequence), bool)
     found = [coherence(x.token, states.problem, mask, weights) for x in (exact, rough)]
     assert found[0]
     assert found[1]

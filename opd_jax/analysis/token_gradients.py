@@ -317,7 +317,7 @@ def _projected(
 
     def project(number: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(leaves))
-        v = tree.unflatten([_signs(k, w) for k, w in zip(keys, leaves, strict=True)])
+        v = tree.unflatten([random_signs(k, w) for k, w in zip(keys, leaves, strict=True)])
         of_head = jnp.einsum("kcv,cv->kc", delta, hidden @ head(v)[: delta.shape[-1]].T)
         return jnp.einsum("kcd,cd->kc", back, along(v)[0]) + of_head
 
@@ -325,7 +325,7 @@ def _projected(
     return jnp.moveaxis(lax.map(project, numbers, batch_size=at_once), 0, -1)
 
 
-def _signs(key: Array, like: Array) -> Array:
+def random_signs(key: Array, like: Array) -> Array:
     """Random signs: a bit each, as random words would take longer to make than to use."""
     words = jax.random.bits(key, (-(-like.size // 32),), jnp.uint32)
     bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
