@@ -96,8 +96,9 @@ def run_seed(root: Path, seed: int, steps: int) -> Row:
             rope_theta=1e4, max_positions=64, tie_embeddings=True,
         )  # fmt: skip
         for i, name in enumerate(("student", "stranger")):
-            params = init_params(network, jax.random.key(2 * seed + i))
-            save_model(place / f"{name}-init", params, network, tokenizer_from=place / "tokenizer")
+            if not (place / f"{name}-init").exists():
+                params = init_params(network, jax.random.key(2 * seed + i))
+                save_model(place / f"{name}-init", params, network, tokenizer_from=place / "tokenizer")
     student = learn(place, "student", "shaky", place / "student-init", seed, 200)
     learn(place, "kin", "exact", student, seed, 100)
     learn(place, "stranger", "reversed", place / "stranger-init", seed, 250)
