@@ -100,6 +100,7 @@ class Tiny:
         self.lengths = np.asarray(self.rollouts.lengths)
         self.states = choose_states(self.lengths, 100, 2)
         self._gradients = jax.jit(jax.grad(self._loss), static_argnums=4)
+        self._logits = jax.jit(self._forward, static_argnums=2)
 
     def _loss(self, p: Any, text: Any, at: Any, target: Any, objective: Objective) -> Any:
         columns = jnp.arange(text.shape[1])[None]
@@ -108,12 +109,25 @@ class Tiny:
         sides = hidden[0], head(p), hidden[1], head(self.q)
         return reference_loss(*sides, jnp.full_like(text, target), columns == at, objective, vocab_size=11)[0]
 
-    def gradient(self, state: int, objective: Objective, target: int = 0) -> np.ndarray:
+    def _forward(self, params: Any, text: Any, c: DecoderConfig) -> Any:
+        columns = jnp.arange(text.shape[1])[None]
+        hidden = forward(params, c, text, columns, jnp.ones_like(columns), dtype=jnp.float64)
+        return hidden[0] @ head(params)[:11].T
+
+    def logits(self, params: Any, text: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        return np.asarray(self._logits(params, text, c))
+
+    def text(self, state: int) -> tuple[np.ndarray, int]:
+        """What stands before the token of a state, and the column that predicts it."""
         s, t = self.states.sequence[state], self.states.position[state]
         n = int(self.rollouts.prompts.lengths[s])
         text = np.zeros((1, 9), np.int32)
         text[0, : n + t] = [*self.rollouts.prompts.tokens[s, 4 - n :], *self.rollouts.tokens[s, :t]]
-        tree = self._gradients(self.p, text, n + t - 1, target, objective)
+        return text, n + t - 1
+
+    def gradient(self, state: int, objective: Objective, target: int = 0) -> np.ndarray:
+        text, at = self.text(state)
+        tree = self._gradients(self.p, text, at, target, objective)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(tree)])
 
     def both(self, *names: str) -> Both:
@@ -147,24 +161,20 @@ def test_token_gradients_by_brute_force(tied: bool) -> None:
             assert found == (0 if in_p and in_q else 1 if in_p else 2)
 
         rough = token_gradients(
-            case.both(*names), case.p, case.q, case.rollouts, case.states, directions=2048, title="projected"
+            case.both(*names), case.p, case.q, case.rollouts, case.states, directions=1024, title="projected"
         )
-        assert rough.directions == 2048
-        np.testing.assert_allclose(rough.squares[[0, 2, 3]], exact.squares[[0, 2, 3]], rtol=0.15)
+        assert rough.directions == 1024
+        np.testing.assert_allclose(rough.squares[[0, 2, 3]], exact.squares[[0, 2, 3]], rtol=0.22)
         scale = np.sqrt(np.outer(np.diag(exact.token), np.diag(exact.token)))
-        assert np.abs((rough.token - exact.token) / scale).max() < 0.12  # 5 standard errors
+        assert np.abs((rough.token - exact.token) / scale).max() < 0.16  # 5 standard errors
         own = np.abs(rough.sums - exact.sums)[:1, :, :1]
-        assert own.max() < 0.12 * np.einsum("asas->as", exact.sums)[0].max()
+        assert own.max() < 0.16 * np.einsum("asas->as", exact.sums)[0].max()
 
 
 def z_of(case: Tiny, state: int) -> tuple[np.ndarray, np.ndarray]:
-    s, t = case.states.sequence[state], case.states.position[state]
-    n = int(case.rollouts.prompts.lengths[s])
-    text = jnp.asarray([[*case.rollouts.prompts.tokens[s, 4 - n :], *case.rollouts.tokens[s, :t]]])
-    at = jnp.arange(n + t)[None]
-    pairs = ((case.p, case.c), (case.q, case.d))
-    z, t = (forward(w, c, text, at, at * 0 + 1, dtype=jnp.float64)[0, -1] @ head(w)[:11].T for w, c in pairs)
-    return np.asarray(z), np.asarray(t)
+    """Logits of student and teacher."""
+    text, at = case.text(state)
+    return case.logits(case.p, text, case.c)[at], case.logits(case.q, text, case.d)[at]
 
 
 def test_sampled_is_unbiased_by_enumeration() -> None:
