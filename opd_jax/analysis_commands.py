@@ -48,7 +48,13 @@ def known_sections() -> Sections:
     def lazily(module: str) -> Callable[[dict[str, Any]], Section]:
         return lambda result: importlib.import_module(f"opd_jax.analysis.{module}").section(result)
 
-    modules = {"dynamics": "dynamics", "reward": "reward", "depth": "depth", "diagnose": "verdicts"}
+    modules = {
+        "dynamics": "dynamics",
+        "reward": "reward",
+        "depth": "depth",
+        "diagnose": "verdicts",
+        "gradients": "agreement",
+    }
     return {kind: lazily(module) for kind, module in modules.items()}
 
 
@@ -142,6 +148,44 @@ def depth(
     sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
     cuts = [int(text) for text in depths.split(",")]
     result = analyse_depth(student, teachers[0], data, sampling, cuts, continuations, batch=slots, dtype=dtype)
+    deliver(section(result), result, out)
+    write_json(json_path, result)
+
+
+@analyze_app.command()
+def gradients(
+    models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER… SOURCE [SETTING]…", help=MODELS_HELP)],
+    problems: Problems = 32,
+    samples: Samples = 2,
+    tokens: Annotated[int, typer.Option(min=2, max=4096, help="to look at, evenly spaced over all rollouts")] = 512,
+    directions: Annotated[
+        int | None,
+        typer.Option(min=0, max=65536, help="random directions to project on; 0: exact. Default: exact if small"),
+    ] = None,
+    max_response: MaxResponse = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    slots: Slots = 64,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    last_number: LastNumber = False,
+    out: OutDir = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Do the gradients of tokens agree, or cancel (paper §6.2), and how far is each objective from the full KL?
+
+    Norms, cosines and coherence ‖Σg‖ / Σ‖g‖ of token gradients by position and class of token, for several teachers on
+    the same rollouts, with paired differences; bias and noise of each objective's gradient.
+    """
+    _check_files(out, json_path)
+    student, *teachers, data = _models_and_data(models)
+    from opd_jax.analysis.agreement import section
+    from opd_jax.analysis.gradients import analyse_gradients
+
+    sampling = _sampling(problems, samples, max_response, temperature, top_p, seed, last_number)
+    result = analyse_gradients(
+        student, teachers, data, sampling, tokens=tokens, directions=directions, batch=slots, dtype=dtype
+    )
     deliver(section(result), result, out)
     write_json(json_path, result)
 

@@ -206,6 +206,10 @@ ANALYZE = [
     (["depth", "{models}/good", "{models}/good", "task:products-5x2", "--depths", "1,x"], "--depths 1,x: expected"),
     (["depth", "{models}/good", "{models}/good", "task:products-5x2", "--depths", "1024"], "to below --max-response"),
     (["depth", *["{models}/good"] * 3, "task:products-5x2", "--depths", "1"], "found 2 teachers"),
+    (["gradients", "{models}/good", "task:products-5x2"], "expected STUDENT, at least one TEACHER, and SOURCE"),
+    (["gradients", "{models}/good", "{models}/other", "task:products-5x2"], "student and teacher have different"),
+    (["gradients", *["{models}/good"] * 2, "task:products-5x2", "--tokens", "1"], "--tokens"),
+    (["gradients", *["{models}/good"] * 2, "task:products-5x2", "--directions", "-1"], "--directions"),
 ]
 DIAGNOSE = [
     (["{models}/good", "{models}/other", "--prompts", "task:products-5x2"], "different tokenizers"),

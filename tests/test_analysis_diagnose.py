@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
@@ -32,10 +34,16 @@ from opd_jax.analysis.diagnose import (
     ranked,
     verdict,
 )
-from opd_jax.analysis.pair import Drawn, Sampling, check_pair, load_panel
+from opd_jax.analysis.pair import Drawn, Sampling, check_pair, draw_rollouts, load_panel
+from opd_jax.config import Objective
 from opd_jax.config_files import parse_data
+from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.heldout import Panel
-from opd_jax.models.hf import save_model
+from opd_jax.losses import reference_loss
+from opd_jax.models.decoder import head
+from opd_jax.models.hf import load_model, save_model
+from opd_jax.sampling.packing import pack
+from opd_jax.sampling.states import hidden_states
 
 SOURCE = parse_data(f"task:{tiny_runs.TASK}", ("chat=false", "limit=12"))
 SAMPLING = Sampling(samples=2, max_response=10, fallback_number=True)
@@ -89,6 +97,41 @@ def test_another_teacher(result: dict[str, Any]) -> None:
     assert [len(plot.draw().axes) for plot in shown.plots] == [1] * 6
     for table in shown.tables:
         assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_first_update_by_brute_force(models: Path, result: dict[str, Any]) -> None:
+    """Norm and coherence of the rollouts' gradients through ``reference_loss``, unprojected."""
+    row = result["teachers"][0]
+    found, pair = row["first_update"], check_pair(models / "student", [models / "teacher"], **SETTINGS)
+    panel, _ = load_panel(pair, SOURCE, SAMPLING)
+    with AnswerPool(1, fallback_number=True) as pool:
+        drawn = draw_rollouts(pair, pair.load(pair.student), panel, pool, SAMPLING, "")
+    (p, c), (q, d) = (load_model(models / name) for name in ("student", "teacher"))
+    rows = pack(jax.tree.map(lambda x: np.asarray(x)[: panel.rows : 2], drawn.rollouts), separate=True)
+
+    @jax.jit
+    def gradient(mask: Any) -> Any:
+        def loss(p: Any) -> Any:
+            hidden = [hidden_states(w, k, rows) for w, k in ((p, c), (q, d))]
+            sides = hidden[0], head(p), hidden[1], head(q)
+            return reference_loss(*sides, rows.targets, mask, Objective(), vocab_size=tiny_runs.VOCAB)[0]
+
+        return jnp.concatenate([g.ravel() for g in jax.tree.leaves(jax.grad(loss)(p))])
+
+    g = np.array([gradient(rows.mask & (np.arange(12) == i)[:, None]) for i in range(12)])
+    assert (found["rollouts"], found["tokens"]) == (12, rows.mask.sum())
+    norm, norms = np.linalg.norm(g.sum(0)), np.linalg.norm(g, axis=1)
+    assert found["norm"]["value"] == pytest.approx(norm / found["tokens"], rel=0.02)
+    of = found["coherence"]
+    assert of["coherence"]["value"] == pytest.approx(norm / norms.sum(), rel=0.02)
+    assert of["orthogonal"]["value"] == pytest.approx(np.sqrt((norms**2).sum()) / norms.sum(), rel=1e-4)
+    assert result["teachers"][1]["first_update"] is None  # a student that is its own teacher has no gradient
+    size, theirs = (sum(x.size for x in jax.tree.leaves(w)) for w in (p, q))
+    assert sum(row["step"]["bytes"].values()) == 4 * (5 * size + theirs)
+    assert all(row["step"][kind][name] > 0 for kind in ("flops", "seconds") for name in ("rollout", "score", "update"))
+    shown = {t.title: t for t in verdicts.section(result).tables}
+    table = shown["first update: gradients of the full KL, one rollout of each problem"]
+    assert table.rows[0][3] == found["norm"]["value"]
 
 
 def test_settings_of_a_teacher(models: Path, tmp_path: Path) -> None:

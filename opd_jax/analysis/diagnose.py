@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from opd_jax.analysis.estimates import estimate, prompt_weights, ratio
+from opd_jax.analysis.first_update import first_update, step_cost
 from opd_jax.analysis.pair import (
     Drawn,
     K,
@@ -93,7 +95,9 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
     own = pair.load(student)
     result: Row = {"kind": KIND} | described(pair, data, sampling, panel, overlong)
     with AnswerPool(fallback_number=sampling.fallback_number) as pool:
+        start = time.monotonic()
         drawn = draw_rollouts(pair, own, panel, pool, sampling, student.name)
+        sampled = float(drawn.lengths.sum()) / (time.monotonic() - start)
         result["of_student"] = _of_rollouts(drawn)
 
         def of_teacher(name: str, path: Path) -> Row:
@@ -103,7 +107,12 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
             row: Row = {"name": name, "path": str(path), "settings": compare_settings(pair, path, data, panel)}
             row |= {"scoring": check_scoring(pair, own, other, drawn, values), "of_teacher": _of_rollouts(answered)}
             row |= measured(values, len(panel.problems)) | knowledge(drawn, answered, values)
-            return row | judged(row, len(panel.problems), pair.k)
+            row |= judged(row, len(panel.problems), pair.k)
+            row["first_update"] = None if row["same"] else first_update(pair, own, other, drawn)
+            if update := row["first_update"]:
+                rates = update.pop("rates") | {"rollout": sampled}
+                row["step"] = step_cost(pair, own.config, other.config, drawn, rates)
+            return row
 
         result["teachers"] = [of_teacher(*each) for each in zip(pair.names(), teachers, strict=True)]
     result["ranking"] = ranked(result["teachers"])

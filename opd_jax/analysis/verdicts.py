@@ -9,7 +9,7 @@ from typing import Any
 from opd_jax.analysis import figures
 from opd_jax.analysis.diagnose import COMPATIBLE, DOUBT, FAILS, HOLDS, KIND, LONG, THRESHOLDS, UNKNOWN
 from opd_jax.analysis.estimates import cells, told
-from opd_jax.tracking.labels import axis_label, format_value, short_label
+from opd_jax.tracking.labels import axis_label, format_duration, format_value, short_label
 from opd_jax.tracking.sections import Plot, Section, Table
 
 Row = dict[str, Any]
@@ -44,6 +44,7 @@ def section(result: Row) -> Section:
             ["teacher", "AUROC", "95 %", "within a problem", "95 %"],
             [_reward_row(t) for t in teachers],
         ),
+        *_update_tables(teachers),
         Table("before any number: do they agree?", *_setting_rows(result, teachers)),
         *(
             Table(
@@ -92,6 +93,50 @@ def _reward_row(t: Row) -> list[Any]:
     return [t["name"], *cells(of.get("auroc")), *cells(of.get("auroc_within"))]
 
 
+def _first_update(t: Row) -> str:
+    of, step = t["first_update"], t["step"]
+    agree = of["coherence"]
+    text = f"the first update has a gradient of norm {told(of['norm'])}"
+    if agree:
+        text += (
+            f" and coherence {told(agree['coherence'])}, {format_value(agree['orthogonal']['value'])} if orthogonal, "
+            f"on {of['rollouts']} rollouts"
+        )
+    gib = sum(step["bytes"].values()) / 2**30
+    return (
+        f"{text}. A step of 64 × 4 such rollouts takes about {sum(step['flops'].values()) / 1e12:,.3g} TFLOP, "
+        f"{format_duration(sum(step['seconds'].values()))} on this machine, and {gib:,.3g} GiB "
+        "beside activations."
+    )
+
+
+def _update_tables(teachers: Sequence[Row]) -> list[Table]:
+    """The first update, and a step of 64 prompts × 4 rollouts on this machine."""
+    held = [t for t in teachers if t["first_update"]]
+    if not held:
+        return []
+    updates, costs = [], []
+    for t in held:
+        of, step = t["first_update"], t["step"]
+        said = of["coherence"] or dict.fromkeys(("coherence", "orthogonal", "ratio"))
+        agree = [*cells(said["coherence"]), cells(said["orthogonal"])[0], *cells(said["ratio"])]
+        updates.append([t["name"], of["rollouts"], of["tokens"], *cells(of["norm"]), *agree])
+        for name in step["seconds"]:
+            numbers = step["flops"][name] / 1e12, step["rates"][name], step["seconds"][name]
+            costs.append([f"{t['name']}: {name}", *numbers])
+    heads = ["teacher", "rollouts", "tokens", "gradient norm", "95 %"]
+    heads += ["coherence", "95 %", "if orthogonal", "ratio", "95 %"]
+    columns = ["", *(t["name"] for t in held)]
+    memory = [[name, *(t["step"]["bytes"][name] / 2**20 for t in held)] for name in held[0]["step"]["bytes"]]
+    memory.append(["together", *(sum(t["step"]["bytes"].values()) / 2**20 for t in held)])
+    stages = ["stage", "TFLOP", "tokens/s here", "seconds here"]
+    return [
+        Table("first update: gradients of the full KL, one rollout of each problem", heads, updates),
+        Table("memory of a training step without activations, MiB", columns, memory),
+        Table("a training step of 64 × 4 rollouts of these lengths", stages, costs),
+    ]
+
+
 def _setting_rows(result: Row, teachers: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     def text(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
@@ -128,6 +173,8 @@ def _lead(result: Row, teachers: Sequence[Row]) -> list[str]:
     for place, t in enumerate(teachers, 1):
         number = f"{place}. " if len(teachers) > 1 else ""
         lines.append(f"{number}{t['name']}: {_verdict(result, t)}")
+        if t["first_update"]:
+            lines.append(f"{t['name']}: {_first_update(t)}")
         lines += [f"{t['name']}: {what}" for what in _advice(result, t)]
     if len(teachers) > 1:
         lines.append("Ranked by the conditions that hold, then by accuracy gained × overlap, then by overlap.")

@@ -231,6 +231,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: str = "none",
     layout: Layout | None = None,
+    kernel: bool = True,
 ) -> Float[Array, "B T D"]:
     """Final hidden states (after the last norm) of padded or packed rows.
 
@@ -240,6 +241,7 @@ def forward(
         dtype: compute precision; weights of any dtype are cast where they are used.
         remat: what a layer keeps for the backward pass: ``none`` recomputed, everything is kept; ``dots``: the results
             of its matrix products; ``full``: its input alone; ``offload``: that, in the host's memory.
+        kernel: attend by the splash kernel, which has no second derivative, where there is one.
     """
 
     def block(x: Array, inputs: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
@@ -253,7 +255,7 @@ def forward(
     cos, sin = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
     x = constrain(embed(params["embed"], tokens, dtype, layout), ACTIVATION, layout)
     windows = jnp.asarray(c.layer_windows, jnp.int32)
-    same = c.layer_windows[0] if len(set(c.layer_windows)) == 1 else None
+    same = c.layer_windows[0] if kernel and len(set(c.layer_windows)) == 1 else None
     x, _ = jax.lax.scan(_saving(block, remat), x, (params["layers"], windows))
     return rms_norm(x, params["norm"], c.norm_eps)
 

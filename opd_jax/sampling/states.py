@@ -21,6 +21,10 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
     layout: Layout | None = None,
+    kernel: bool = True,
 ) -> Float[Array, "M T D"]:
     """Hidden states of one forward pass; the state at [m, t] predicts ``rows.targets[m, t]``."""
-    return forward(params, config, rows.tokens, rows.positions, rows.segments, dtype=dtype, remat=remat, layout=layout)
+    return forward(
+        params, config, rows.tokens, rows.positions, rows.segments,
+        dtype=dtype, remat=remat, layout=layout, kernel=kernel,
+    )  # fmt: skip
