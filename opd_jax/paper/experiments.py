@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opd_jax.analysis.depth import analyse_depth
+from opd_jax.analysis.gradients import analyse_gradients
 from opd_jax.analysis.pair import Sampling
 from opd_jax.analysis.reward import analyse_reward
 from opd_jax.config import Data
@@ -60,6 +61,17 @@ def succeeding(lab: Lab, **settings: Any) -> Run:
 def failing(lab: Lab, **settings: Any) -> Run:
     """Student ← larger model of the same pipeline."""
     return lab.opd("opd-large", base(lab).model, large(lab).model, settings)
+
+
+def gradients(lab: Lab) -> Row:
+    """Token gradients at the student's states for both teachers: coherence, and how each objective departs from full."""
+    student, teachers = base(lab).model, [rewarded(lab).model, large(lab).model]
+
+    def measure() -> Row:
+        paths, tokens = [model.path for model in teachers], 2 * lab.preset.rollouts
+        return analyse_gradients(student.path, paths, *_looked_at(lab, 1), tokens=tokens, dtype="float32")
+
+    return lab.kept("gradients", [student, *teachers], measure)
 
 
 # --- the experiments ---
@@ -165,7 +177,11 @@ def rewards(lab: Lab) -> Row:
     kept = ("auroc", "auroc_within", "auroc_gain")
     of_teacher = [{name: row[name] for name in kept if name in row} for row in found["teachers"]]
     models: dict[str, Run] = {"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}
-    return _row(models, {}) | {"reward": dict(zip(teachers, of_teacher, strict=True))}
+    coherence = [row["coherence"]["all"]["value"] for row in gradients(lab)["teachers"]]
+    return _row(models, {}) | {
+        "reward": dict(zip(teachers, of_teacher, strict=True)),
+        "coherence": dict(zip(teachers, coherence, strict=True)),
+    }
 
 
 def top_k(lab: Lab) -> Row:
@@ -176,7 +192,11 @@ def top_k(lab: Lab) -> Row:
     objectives |= {f"published, k = {k}": {"name": "topk_reference", "k": k} for k in sizes}
     runs = {name: succeeding(lab, objective=objective) for name, objective in objectives.items()}
     runs[f"Eq. 5, k = {lab.domain.k}"] = succeeding(lab)
-    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+    departs = [
+        {"name": row["name"]} | {kind: row[kind] and row[kind]["batch"]["value"] for kind in ("bias", "noise")}
+        for row in gradients(lab)["teachers"][0]["variants"]
+    ]
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs) | {"gradients": departs}
 
 
 def remedy(lab: Lab) -> Row:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,13 @@ class Lab:
             slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
         )  # fmt: skip
         return {"source": str(out), "skip_bad": True}, key  # an untrained model may say nothing
+
+    def kept(self, name: str, models: Sequence[Model], measure: Callable[[], Row]) -> Row:
+        """What was measured on models; from its file where it has been."""
+        path = self.root / f"{name}-{self.seed}-{_hash([VERSION, self.preset.rollouts, *(m.key for m in models)])}.json"
+        if not path.exists():
+            write_atomically(epath.Path(path), json.dumps(measure()) + "\n")
+        return json.loads(path.read_text())
 
     def _run(self, name: str, settings: Row, student: Model, teacher: Model | None = None, made_from: str = "") -> Run:
         held_out = self.domain.prompts | self.domain.held_out | {"split": "test", "limit": self.preset.problems}
