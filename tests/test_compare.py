@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,13 @@ from opd_jax.compare.variants import EFFECTIVE, make_variants, shown
 from opd_jax.config import Config, Objective
 from opd_jax.errors import Failed, InputError, Interrupted
 from opd_jax.losses.reference import reference_loss
+from opd_jax.mesh import Layout, make_mesh
 from opd_jax.plan.collectives import count_collectives
 from opd_jax.tracking.run_dir import read_rows
 from opd_jax.tracking.sections import body
 from opd_jax.training.loop import train
 
-VARY = ["objective.name=full,topk", "objective.k=1"]
+VARY = ["objective.name=full,topk"]
 STEPS, SEEDS = 3, 2
 
 
@@ -60,7 +60,7 @@ def config(models: Path, **changes: Any) -> Config:
 def made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Full KL and Eq. 5 at k = 1, two seeds: where it lies, and its result."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    return out, compare(config(models), VARY[:1], SEEDS, out)
+    return out, compare(config(models), VARY, SEEDS, out)
 
 
 # variants
@@ -142,8 +142,12 @@ VALUES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "divergence"),
-    [("sampled", "reverse"), ("topk_reference", "reverse"), *itertools.product(("full", "topk"), ("reverse", "jsd", "skew"))],
-)  # fmt: skip
+    [
+        ("sampled", "reverse"),
+        ("topk_reference", "reverse"),
+        *itertools.product(("full", "topk"), ("reverse", "jsd", "skew")),
+    ],
+)
 def test_what_has_no_effect_changes_no_bit_of_the_gradient(name: str, divergence: str) -> None:
     """The table against the losses themselves."""
     rng = np.random.default_rng(0)
@@ -235,14 +239,6 @@ def of_runs(files: dict[str, int]) -> dict[str, int]:
     return {name: time for name, time in files.items() if "/" in name}
 
 
-def without_times(tree: Any) -> Any:
-    """Of a result what does not depend on the clock or the directory."""
-    if isinstance(tree, dict):
-        timed = ("seconds", "cpu_seconds", "times", "efficient", "path")
-        return {k: without_times(v) for k, v in tree.items() if k not in timed}
-    return [without_times(x) for x in tree] if isinstance(tree, list) else tree
-
-
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """What is trained from here on: title, and whether it went on."""
@@ -260,11 +256,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 def test_what_is_done_is_not_repeated(made: tuple[Path, dict[str, Any]], models: Path, trained: list[Any]) -> None:
     out, result = made
     before = written(out)
-    again = compare(config(models), VARY[:1], SEEDS, out)
+    again = compare(config(models), VARY, SEEDS, out)
     assert trained == []
     assert of_runs(written(out)) == of_runs(before)
-    for held in (again, result):
-        held = without_times(held)
     assert [v["final"] for v in again["variants"]] == [v["final"] for v in result["variants"]]
 
 
@@ -276,7 +270,7 @@ def test_a_kill_in_the_middle_repeats_nothing(
     shutil.rmtree(out / "topk/seed-1")
     shutil.rmtree(out / "full/seed-1/checkpoints/3")
     (out / "full/seed-1/summary.json").unlink()
-    again = compare(config(models), VARY[:1], SEEDS, out)
+    again = compare(config(models), VARY, SEEDS, out)
     assert trained == [("full, seed 1", True), ("topk, seed 1", False)]
     for name in ("by_seed", "difference", "curves"):
         assert [v[name] for v in again["variants"]] == [v[name] for v in result["variants"]]
@@ -295,7 +289,7 @@ def test_another_comparison_is_not_mixed_in(
             compare(config(models, **changes), [vary], SEEDS, out)
     (tmp_path / "mine").write_text("")
     with pytest.raises(InputError, match="not empty, and no comparison is there"):
-        compare(config(models), VARY[:1], SEEDS, tmp_path)
+        compare(config(models), VARY, SEEDS, tmp_path)
     assert trained == []
     assert written(out) == before
 
@@ -305,8 +299,10 @@ def test_what_changes_the_sampling_ends_the_comparison(
 ) -> None:
     """Keys that may vary do not; one that did would be noticed at its first step."""
     rows = read_rows(runs_place(made[0], "full", 0) / "metrics.jsonl")
-    variants, _ = make_variants(config(models), VARY[:1])
-    warm = variants[1].config.model_copy(update={"rollout": variants[1].config.rollout.model_copy(update={"temperature": 0.7})})
+    variants, _ = make_variants(config(models), VARY)
+    warm = variants[1].config.model_copy(
+        update={"rollout": variants[1].config.rollout.model_copy(update={"temperature": 0.7})}
+    )
     first, other = runs_of([variants[0], dataclasses.replace(variants[1], config=warm)], 1, tmp_path)
     same = _SameRollouts()
     same.check(first, rows[0])
@@ -330,7 +326,7 @@ def test_runs_that_differ_are_noticed_before_more_is_run(
     log.write_text(log.read_text().replace('"rollouts": "', '"rollouts": "f', 1))
     (out / "topk/seed-0/summary.json").unlink()
     with pytest.raises(Failed, match="seed 1: the first rollouts of full and topk differ"):
-        compare(config(models), VARY[:1], SEEDS, out)
+        compare(config(models), VARY, SEEDS, out)
     assert trained == []
 
 
@@ -347,7 +343,7 @@ def test_a_stop_is_kept_between_runs(models: Path, monkeypatch: pytest.MonkeyPat
         return []
 
     monkeypatch.setattr(compare_module, "train", quick)
-    runs = runs_of(make_variants(config(models), VARY[:1])[0], 2, tmp_path / "out")
+    runs = runs_of(make_variants(config(models), VARY)[0], 2, tmp_path / "out")
     assert [run.title for run in runs] == [f"{name}, seed {seed}" for seed in (0, 1) for name in ("full", "topk")]
     with pytest.raises(Interrupted, match="stopped after full, seed 0; give the same command"):
         run_all(runs, tmp_path / "out", stop)
@@ -366,7 +362,7 @@ def test_what_cannot_be_compared_leaves_nothing(
     models: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        compare(config(models, **changes), VARY[:1], 1, tmp_path / "out")
+        compare(config(models, **changes), VARY, 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -435,7 +431,7 @@ def test_many_variants_are_told_apart() -> None:
 def test_compiled_for_a_topology(models: Path, tmp_path: Path) -> None:
     """Bytes, FLOPs and transfers side by side, of the same programs as `opd plan`."""
     given = config(models, mesh={"data": 1, "fsdp": 4, "tensor": 2}, evaluation={}, metrics_every=1)
-    result = compare_compiled(given, VARY[:1], "cpu-8", tmp_path / "out")
+    result = compare_compiled(given, VARY, "cpu-8", tmp_path / "out")
     full, top1 = result["variants"]
     assert top1["flops"] < full["flops"]
     assert full["update"]["total"] > full["update"]["temp"] > 0
@@ -448,8 +444,8 @@ def test_compiled_for_a_topology(models: Path, tmp_path: Path) -> None:
 
 
 def test_transfers_of_a_loop_count_as_often_as_it_runs() -> None:
-    layout = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x"))  # noqa
-    whole = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec())
+    mesh = Layout(make_mesh(8))
+    layout, whole = mesh.sharding(("batch",)), mesh.sharding()
     weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=whole)
     rows = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=layout)
 
@@ -461,7 +457,7 @@ def test_transfers_of_a_loop_count_as_often_as_it_runs() -> None:
 
         return jax.lax.scan(one, h, w)[0].sum()
 
-    found = count_collectives(f.lower(weights, rows).compile().as_text())
+    found = count_collectives(f.lower(weights, rows).compile().as_text() or "")
     assert found["all-gather"] == {"count": 5, "bytes": 5 * 4 * 16 * 64}
     assert found["all-reduce"] == {"count": 1, "bytes": 4}
 
@@ -510,4 +506,3 @@ def test_transfers_in_the_text_of_a_tpu_program() -> None:
         "reduce-scatter": {"count": 1, "bytes": 32 * 4 * 4},
         "all-reduce": {"count": 1, "bytes": 4},
     }
-    assert math.isfinite(len(TPU))

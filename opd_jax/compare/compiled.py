@@ -34,7 +34,11 @@ def compile_variants(variants: Sequence[Variant], dropped: Sequence[Dropped], to
     student, teacher = models_of(base)
     rows = compiled_updates(variants, topology.devices, topology.usable)
     for row, variant in zip(rows, variants, strict=True):
-        row |= {"name": variant.name, "settings": variant.settings, "flops": longest_flops(variant.config, student, teacher)}
+        row |= {
+            "name": variant.name,
+            "settings": variant.settings,
+            "flops": longest_flops(variant.config, student, teacher),
+        }
     return {
         "kind": "compare-compiled",
         "topology": topology.name,

@@ -1,4 +1,4 @@
-"""What the runs of a comparison come to: one yardstick for all variants, paired over seeds, and what each of them costs."""
+"""What the runs of a comparison come to: one yardstick for all, paired over seeds, and what each variant costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -62,16 +61,17 @@ def compare_runs(
     names = [n for n in YARDSTICK if all(n in row for found in held.values() for r in found for row in r["student"])]
     config, first = runs[0].config, held[variants[0]]
     by = "accuracy" if "accuracy" in names else "reverse_kl"
-    rows = [
+    rows: list[Row] = [
         _of_variant(name, next(r for r in runs if r.variant.name == name), held[name], first, names)
-        | {"memory": memory[i] if memory else None}
-        for i, name in enumerate(variants)
+        for name in variants
     ]
-    for cost in COSTS:
-        points = {r["name"]: (r["cost"][cost], YARDSTICK[by] * r["final"][by]["mean"]) for r in rows}
-        best = efficient(points)
-        for row in rows:
-            row["efficient"] = row.get("efficient", {}) | {cost: row["name"] in best}
+    best = {
+        cost: efficient({r["name"]: (r["cost"][cost], YARDSTICK[by] * r["final"][by]["mean"]) for r in rows})
+        for cost in COSTS
+    }
+    for i, row in enumerate(rows):
+        row["memory"] = memory[i] if memory else None
+        row["efficient"] = {cost: row["name"] in best[cost] for cost in COSTS}
 
     def rank(row: Row) -> tuple[float, ...]:
         return tuple(-YARDSTICK[n] * row["final"][n]["mean"] for n in dict.fromkeys([by, "reverse_kl"]))
@@ -104,8 +104,8 @@ def step_times(rows: Sequence[Row]) -> Row:
 
     Without the first step with metrics and the first without, which compile; None where nothing is left.
     """
-    kinds = [[row for row in rows if (row.get("overlap_ratio") is not None) == measured][1:] for measured in (True, False)]
-    measured, unmeasured = kinds
+    has = [row.get("overlap_ratio") is not None for row in rows]
+    measured, unmeasured = ([row for row, x in zip(rows, has, strict=True) if x == kind][1:] for kind in (True, False))
     plain = unmeasured or measured
     names = {key.removeprefix("time/") for row in plain for key in row if key.startswith("time/")}
     found: Row = {name: _median(plain, f"time/{name}") for name in sorted(names.difference(NOT_OF_A_STEP))}
@@ -127,7 +127,9 @@ def _of_run(run: Run) -> Row:
         "rollouts": rows[0].get("rollouts"),
         "gradient_norm": {"mean": statistics.fmean(norms), "max": max(norms)} if norms else None,
         "times": times,
-        "response_tokens": sum(row["response_length"] for row in rows) * run.config.rollout.prompts * run.config.rollout.samples,
+        "response_tokens": sum(row["response_length"] for row in rows)
+        * run.config.rollout.prompts
+        * run.config.rollout.samples,
         "flops": sum(row["update_flops"] for row in rows),
         "seconds": None if times.get("update") is None else times["update"] * len(rows),
     }
@@ -139,9 +141,13 @@ def _of_variant(name: str, run: Run, held: list[Row], first: list[Row], names: S
 
     steps = [row["step"] for row in held[0]["student"]]
     curves = {
-        metric: [{"step": step} | student_t([of_seed["student"][i][metric] for of_seed in held]) for i, step in enumerate(steps)]
+        metric: [
+            {"step": step} | student_t([of_seed["student"][i][metric] for of_seed in held])
+            for i, step in enumerate(steps)
+        ]
         for metric in names
     }
+    timed = dict.fromkeys(key for of_seed in held for key in of_seed["times"])
     seconds = [of_seed["seconds"] for of_seed in held if of_seed["seconds"] is not None]
     return {
         "name": name,
@@ -154,7 +160,7 @@ def _of_variant(name: str, run: Run, held: list[Row], first: list[Row], names: S
         },
         "difference": None if held is first else {m: paired(last(held, m), last(first, m)) for m in names},
         "curves": curves,
-        "times": {key: _mean([s["times"].get(key) for s in held]) for key in dict.fromkeys(k for s in held for k in s["times"])},
+        "times": {key: _mean([s["times"].get(key) for s in held]) for key in timed},
         "cost": {
             "flops": statistics.fmean(s["flops"] for s in held),
             "seconds": statistics.fmean(seconds) if seconds else math.inf,

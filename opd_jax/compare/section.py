@@ -20,24 +20,34 @@ from opd_jax.tracking.plots import PALETTE, small_multiples
 from opd_jax.tracking.sections import Plot, Section, Table
 
 MIB = 2**20
+ZERO = 1e-6  # a gradient norm that is rounding
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 _MARKS = "osD^vPX"
 _STAGES = ("rollout", "score", "update", "metrics")
-_COST = {"flops": ("FLOPs of all updates", 1e12, "TFLOP"), "seconds": ("seconds of all updates", 1.0, "s")}
+SHOWN = ("accuracy", "reverse_kl", "forward_kl", "overlap_ratio", "entropy_gap")
+_COST = {
+    "flops": ("FLOPs of all updates", 1e12, "TFLOP", "FLOPs"),
+    "seconds": ("time of all updates", 1.0, "s", "time"),
+}
 
 
 def section(result: Row) -> Section:
     """What people see of the result of ``compare_runs``."""
     seeds, rows = result["seeds"], _ordered(result)
-    title = f"{len(rows)} variants after {result['steps']:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}, best first"
+    title = (
+        f"{len(rows)} variants after {result['steps']:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}, best first"
+    )
     tables = [
         Table(title, *_main(result, rows)),
-        Table(f"Paired differences to {result['variants'][0]['name']}, 95 % over seeds", *_differences(result, rows)),
-        Table("Seconds of a step (medians), tokens and memory", *_costs(rows)),
+        Table(f"Difference to {result['variants'][0]['name']}, paired by seed, 95 %", *_differences(result, rows)),
+        Table("Cost: seconds of a step (medians), FLOPs of its update, bytes of a device", *_costs(result, rows)),
     ]
     shown = [name for name in ("accuracy", "reverse_kl") if name in result["metrics"]]
     plots = [
-        Plot(f"{axis_label(n, result['metrics_k'])} on held-out prompts over steps", functools.partial(_curves, result, n))
+        Plot(
+            f"{axis_label(n, result['metrics_k'])} on held-out prompts over steps",
+            functools.partial(_curves, result, n),
+        )
         for n in shown
     ]
     plots += [
@@ -53,7 +63,9 @@ def compiled_section(result: Row) -> Section:
     mesh = " × ".join(f"{name} {size}" for name, size in result["mesh"].items())
     rows = result["variants"]
     rarely = rows[0]["measured"] is not None
-    columns = ["variant", "PFLOP", "peak GiB"] + ["with metrics"] * rarely + ["temp GiB", *_kinds(rows), "compiled in s"]
+    columns = (
+        ["variant", "PFLOP", "peak GiB"] + ["with metrics"] * rarely + ["temp GiB", *_kinds(rows), "compiled in s"]
+    )
     cells = []
     for row in rows:
         sizes = [row[part]["total"] for part in ("update", "measured")[: 1 + rarely]]
@@ -64,17 +76,23 @@ def compiled_section(result: Row) -> Section:
         cells.append([row["name"], row["flops"] / 1e15, *bytes_, *transfers, f"{seconds:.0f}"])
     title = f"The update on {result['topology']}: {result['chips']} chips; {mesh}"
     prompt, response = result["tokens"]
-    often = f"one step in {result['metrics_every']} also measures (with metrics)" if rarely else "every step measures"
+    often = f"One step in {result['metrics_every']} also measures (with metrics)" if rarely else "Every step measures"
     lead = [
-        f"{result['student']} ← {result['teacher']}, {result['rows']} rows of {prompt:,} + {response:,} tokens; {often}. FLOPs are "
-        "counted for texts of that length on all chips; bytes are those of one chip, from the compiler: peak with all that "
-        "stays there, temp the update's own.",
-        "Transfers: how often, and GB that a chip gives or gets. What stands in a loop of known length, as over layers, "
-        "counts as often as it runs; in one that depends on the lengths (passes of rows, chunks of tokens), once.",
+        f"{result['student']} ← {result['teacher']}, {result['rows']} rows of {prompt:,} + {response:,} tokens. "
+        f"{often}.",
+        "FLOPs are those of texts of that length, on all chips. Bytes are those of one chip, from the compiler: peak "
+        "with all that stays there, temp the update's own.",
+        "Transfers: how often, and GB that a chip gives or gets. What stands in a loop of known length, as over "
+        "layers, counts as often as it runs; in one that depends on the texts (passes, chunks of tokens), once.",
         *_not_fitting(rows, result["usable_bytes"]),
         *_left_out(result),
     ]
-    return Section(f"compare-{result['topology']}", f"Variants compiled for {result['topology']}", lead, [Table(title, columns, cells)])
+    return Section(
+        f"compare-{result['topology']}",
+        f"Variants compiled for {result['topology']}",
+        lead,
+        [Table(title, columns, cells)],
+    )
 
 
 def _not_fitting(rows: Sequence[Row], usable: int) -> list[str]:
@@ -101,89 +119,88 @@ def _estimate(held: Row) -> Any:
 
 
 def _main(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    k, by, names = result["metrics_k"], result["by"], result["metrics"]
-    quality = [n for n in ("accuracy", "reverse_kl", "forward_kl", "overlap_ratio", "entropy_gap") if n in names]
-    heads = [axis_label(n, k) if n == "overlap_ratio" else short_label(n) for n in quality]
-    columns = ["variant", *heads, f"learnt ({short_label(by)}), 95 %", "s/step", "GFLOP", "MiB", "frontier"]
-    cells = []
-    for row in rows:
-        learnt, memory = row["learnt"][by], row["memory"]
-        cells.append([
-            row["name"],
-            *(_estimate(row["final"][n]) for n in quality),
-            _with_interval(learnt),
-            row["times"].get("step"),
-            row["cost"]["flops"] / result["steps"] / 1e9,
-            memory and memory["update"]["total"] / MIB,
-            ", ".join(_COST[cost][2] for cost in COSTS if row["efficient"][cost]) or None,
-        ])  # fmt: skip
-    return columns, cells
-
-
-def _differences(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["variant", *(short_label(n) for n in result["metrics"])]
+    by, names = result["by"], [n for n in SHOWN if n in result["metrics"]]
+    columns = ["variant", *_heads(result, names), f"{short_label(by)} learnt, 95 %"]
     cells = [
-        [row["name"], *(None if row["difference"] is None else _with_interval(row["difference"][n]) for n in result["metrics"])]
+        [
+            row["name"],
+            *(_estimate(row["final"][n]) if i < 2 else row["final"][n]["mean"] for i, n in enumerate(names)),
+            _interval(row["learnt"][by]),
+        ]
         for row in rows
     ]
     return columns, cells
 
 
-def _costs(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["variant", *_STAGES, "step", "tokens/s", "peak MiB", "with metrics", "temp MiB", "transfers", "MB"]
+def _differences(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+    names = [n for n in SHOWN if n in result["metrics"]]
+    cells = [[r["name"], *(_interval(r["difference"][n]) for n in names)] for r in rows if r["difference"]]
+    return ["variant", *_heads(result, names)], cells
+
+
+def _costs(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+    columns = ["variant", *_STAGES, "step", "tokens/s", "GFLOP", "peak MiB", "temp MiB", "frontier"]
     cells = []
     for row in rows:
-        times, memory = row["times"], row["memory"] or {}
-        update, measured = memory.get("update"), memory.get("measured")
-        moved = update["collectives"] if update else None
+        update = (row["memory"] or {}).get("update")
         cells.append([
             row["name"],
-            *(times.get(stage) for stage in (*_STAGES, "step", "tokens_per_second")),
+            *(row["times"].get(stage) for stage in (*_STAGES, "step", "tokens_per_second")),
+            row["cost"]["flops"] / result["steps"] / 1e9,
             update and update["total"] / MIB,
-            measured and measured["total"] / MIB,
             update and update["temp"] / MIB,
-            None if moved is None else sum(kind["count"] for kind in moved.values()),
-            None if moved is None else sum(kind["bytes"] for kind in moved.values()) / 1e6,
+            ", ".join(_COST[cost][3] for cost in COSTS if row["efficient"][cost]) or None,
         ])  # fmt: skip
     return columns, cells
 
 
-def _with_interval(held: Row) -> str:
-    """As "-0.013 (-0.020 … -0.006)"."""
-    mean = format_value(held["mean"])
-    return mean if held["low"] is None else f"{mean} ({format_interval(held['low'], held['high'])})"
+def _heads(result: Row, names: Sequence[str]) -> list[str]:
+    return [axis_label(n, result["metrics_k"]) if n == "overlap_ratio" else short_label(n) for n in names]
+
+
+def _interval(held: Row) -> str:
+    """Its middle is the mean; of one seed the mean alone."""
+    return format_value(held["mean"]) if held["low"] is None else format_interval(held["low"], held["high"])
 
 
 def _in_words(result: Row, rows: Sequence[Row]) -> list[str]:
-    by, k, seeds = result["by"], result["metrics_k"], result["seeds"]
+    return [*_set_up(result), *_learning(result, rows), *_left_out(result)]
+
+
+def _set_up(result: Row) -> list[str]:
+    k, seeds, before = result["metrics_k"], len(result["seeds"]), result["before"]
     mesh = " × ".join(f"{name} {size}" for name, size in result["mesh"].items())
-    before = ", ".join(
-        f"{axis_label(n, k).partition(' (')[0]} {format_value(result['before'][n]['mean'])}" for n in (by, "reverse_kl") if n in result["before"]
-    )
+    start = [f"{short_label(n)} {format_value(before[n]['mean'])}" for n in ("accuracy", "reverse_kl") if n in before]
     known = result["of_teacher"].get("accuracy")
-    lead = [
-        f"{result['student']} ← {result['teacher']} on {result['devices']} ({mesh}), {result['rollouts']} rollouts a step. Before: "
-        f"{before}" + (f"; the teacher's accuracy {format_value(known['mean'])}." if known else "."),
-        f"Held out: {result['problems']} prompts × {result['samples']}, fresh rollouts, the same random numbers for all variants of a seed; "
-        f"overlap in lists of {k} for all. ± is one standard error over seeds, intervals are Student's with {len(seeds) - 1} degrees."
-        if len(seeds) > 1
-        else f"Held out: {result['problems']} prompts × {result['samples']}; overlap in lists of {k} for all. One seed: nothing can be said of its chance.",
-        "The rollouts of step 1 are the same, bit by bit, for all variants of a seed. Frontier: no other variant is at least as good and as cheap.",
-    ]  # fmt: skip
-    still = [row["name"] for row in rows if all(r["gradient_norm"] and r["gradient_norm"]["max"] < 1e-6 for r in row["runs"])]
+    start += [f"the teacher's accuracy {format_value(known['mean'])}"] if known else []
+    chance = f"± is a standard error over seeds; intervals are Student's, of {seeds} seeds."
+    return [
+        f"{result['student']} ← {result['teacher']} on {result['devices']} ({mesh}), {result['rollouts']} rollouts a "
+        f"step. Before: {', '.join(start)}.",
+        f"Held out: {result['problems']} prompts × {result['samples']}, fresh rollouts, the same random numbers for "
+        f"all variants of a seed; overlap in lists of {k} for all. "
+        + (chance if seeds > 1 else "One seed says nothing of chance: give --seeds 3."),
+        "All variants of a seed made the same rollouts at step 1, bit by bit. Frontier: no other variant is at least "
+        "as good and as cheap.",
+    ]
+
+
+def _learning(result: Row, rows: Sequence[Row]) -> list[str]:
+    by, lead, first = result["by"], [], result["variants"][0]["name"]
+    still = [r["name"] for r in rows if all(x["gradient_norm"] and x["gradient_norm"]["max"] < ZERO for x in r["runs"])]
     if still:
         lead.append(
-            f"Does not learn: {', '.join(still)}. The gradient is zero at every step (largest norm below 1e-6); what moves is weight decay."
+            f"Does not learn: {', '.join(still)}. Its gradient is zero at every step (norm below {ZERO:.0e}); what "
+            "moves is weight decay."
         )
     unsure = [row["name"] for row in rows if row["name"] not in still and _around_zero(row["learnt"][by])]
     if unsure:
         lead.append(f"Not certain to have learnt ({short_label(by)} before and after): {', '.join(unsure)}.")
-    first = result["variants"][0]["name"]
     for word, way in (("better", 1), ("worse", -1)):
         sure = [row["name"] for row in rows if row["difference"] and _clear(row["difference"][by], way * YARDSTICK[by])]
         if sure:
             lead.append(f"Certainly {word} than {first} in {short_label(by)}: {', '.join(sure)}.")
-    return [*lead, *_left_out(result)]
+    return lead
 
 
 def _left_out(result: Row) -> list[str]:
@@ -204,7 +221,11 @@ def _styles(result: Row) -> dict[str, Row]:
     """Of each variant a colour; beyond as many as there are, other dashes and marks, too."""
     n = len(PALETTE)
     return {
-        row["name"]: {"color": PALETTE[i % n], "linestyle": _DASHES[i // n % len(_DASHES)], "marker": _MARKS[i % len(_MARKS)]}
+        row["name"]: {
+            "color": PALETTE[i % n],
+            "linestyle": _DASHES[i // n % len(_DASHES)],
+            "marker": _MARKS[i % len(_MARKS)],
+        }
         for i, row in enumerate(result["variants"])
     }
 
@@ -223,10 +244,14 @@ def _curves(result: Row, name: str) -> Figure:
             if rows[0]["low"] is not None:
                 low, high = ([row[key] for row in rows] for key in ("low", "high"))
                 bounds = (0, 1) if name in ("accuracy", "overlap_ratio") else (0, np.inf)
-                ax.fill_between(steps, np.clip(low, *bounds), np.clip(high, *bounds), color=style["color"], alpha=0.12, linewidth=0)
+                ax.fill_between(
+                    steps, np.clip(low, *bounds), np.clip(high, *bounds), color=style["color"], alpha=0.12, linewidth=0
+                )
         if level:
             ax.axhline(level["mean"], color="#555555", linestyle="--", linewidth=1.1)
-        handles = [Line2D([], [], linewidth=1.7, markersize=3.5, **styles[v], label=textwrap.fill(v, 24)) for v in order]
+        handles = [
+            Line2D([], [], linewidth=1.7, markersize=3.5, **styles[v], label=textwrap.fill(v, 24)) for v in order
+        ]
         if level:
             handles.insert(0, Line2D([], [], color="#555555", linestyle="--", linewidth=1.1, label="teacher"))
         if name == "reverse_kl" and min(row["mean"] for v in variants.values() for row in v["curves"][name]) > 0:
@@ -242,7 +267,7 @@ def _curves(result: Row, name: str) -> Figure:
 def _frontier(result: Row, cost: str) -> Figure:
     """A filled mark where no other variant is as good and as cheap; those are joined."""
     styles, by = _styles(result), result["by"]
-    label, unit, name = _COST[cost]
+    label, unit, name, _ = _COST[cost]
 
     def draw(ax: Axes, _: str) -> None:
         handles, best = [], []

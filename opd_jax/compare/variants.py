@@ -91,7 +91,9 @@ def make_variants(base: Config, vary: Sequence[str]) -> tuple[list[Variant], lis
         else:
             kept[same] = active, config
     if len(kept) < 2:
-        raise InputError(f"--vary {' '.join(vary)}: all combinations come to one variant. Vary a key that has an effect.")
+        raise InputError(
+            f"--vary {' '.join(vary)}: all combinations come to one variant. Vary a key that has an effect."
+        )
     return _named(list(kept.values()), lists), dropped
 
 

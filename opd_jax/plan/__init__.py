@@ -64,7 +64,7 @@ def models_of(config: Config) -> tuple[DecoderConfig, DecoderConfig | None]:
     """The shapes of student and teacher, by directory or hub id.
 
     Raises:
-        InputError: an unknown model, one that is not made for such long texts, or a form of teaching that is not planned.
+        InputError: an unknown model, one not made for such long texts, or a form of teaching that is not planned.
     """
     student = decoder_of(config.student.path)
     teacher = decoder_of(config.teacher.path) if config.teacher else None

@@ -74,7 +74,7 @@ def _executed(
 
 
 def _trips(loop: _Operation, computations: dict[str, dict[str, _Operation]]) -> int:
-    """How often a loop runs: as the compiler says, or by a condition "counter < constant", whose counter starts at 0."""
+    """How often a loop runs: as the compiler says, or by a condition "counter < constant", counting from 0."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = _CONDITION.search(loop.rest)
@@ -107,7 +107,9 @@ def _inside(text: str) -> str:
 
 
 def _size(types: str) -> int:
-    return sum(_width(kind) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in _SHAPE.findall(types))
+    return sum(
+        _width(kind) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in _SHAPE.findall(types)
+    )
 
 
 def _width(kind: str) -> int:

@@ -59,7 +59,7 @@ def compile_line(program: Program, usable: int) -> Line:
     try:
         compiled = program.lower().compile()
         memory: Any = compiled.memory_analysis()
-        collectives = count_collectives(compiled.as_text())
+        collectives = count_collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as e:
         wanted = wanted_bytes(str(e), usable)
         if wanted is None:
