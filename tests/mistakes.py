@@ -129,7 +129,7 @@ HELD_OUT = "evaluation.data={{source: task:products-5x2, chat: false, max_prompt
 COMPARE = [
     (["absent.yaml", "--vary", "objective.name=full,topk"], "absent.yaml: cannot read the configuration"),
     (["run.yaml", "--vary", "objective.name=full,topk"], "no held-out prompts to compare on. Add evaluation.data"),
-    (["run.yaml", "--vary", "objective.name=full,topk", "kind=sft", "data.response=response"], "kind=sft; variants are"),
+    (["run.yaml", "--vary", "objective.name=full,topk", "kind=sft", "data.response=response"], "kind=sft; variants"),
     (["run.yaml", "--vary", "objective.name=full,topk", "teacher=null"], "kind=opd needs teacher.path"),
     (["run.yaml", HELD_OUT], "--vary: give what is to be compared"),
     (["run.yaml", HELD_OUT, "--vary", "objective.nam=full,topk"], "objective.nam: unknown key; did you mean 'name'"),
