@@ -142,6 +142,7 @@ COMPARE = [
     (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--seeds", "0"], "--seeds"),
     (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--out", "begun"], "no comparison is there"),
     (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--out", "{models}/file"], "is a file"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "run_dir=gs://a/b"], "Give a local directory, --out"),
     (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "student.path=absent"], "absent: no such directory"),
     (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--json", "absent/x.json"], "--json absent/x.json"),
 ]

@@ -48,7 +48,7 @@ def config(models: Path, **changes: Any) -> Config:
         "steps": STEPS,
         "objective": {"name": "full", "k": 1},
         "metrics_k": 4,
-        "evaluation": {"data": data, "problems": 8, "batch": 8, "every": 2},
+        "evaluation": {"data": data, "problems": 8, "batch": 8},
         "checkpoint": {"every": 2},
         "log_samples": 0,
     }
@@ -261,14 +261,29 @@ def test_what_is_done_is_not_repeated(made: tuple[Path, dict[str, Any]], models:
     assert [v["final"] for v in again["variants"]] == [v["final"] for v in result["variants"]]
 
 
-def test_a_kill_in_the_middle_repeats_nothing(
-    made: tuple[Path, dict[str, Any]], models: Path, trained: list[Any], tmp_path: Path
-) -> None:
-    out, result = tmp_path / "copy", made[1]
+@pytest.fixture
+def killed(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy, as a kill in the third of the four runs leaves it."""
+    out = tmp_path / "copy"
     shutil.copytree(made[0], out)
     shutil.rmtree(out / "topk/seed-1")
     shutil.rmtree(out / "full/seed-1/checkpoints/3")
     (out / "full/seed-1/summary.json").unlink()
+    return out
+
+
+def test_after_a_kill_only_the_rest_is_run(killed: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(compare_module, "train", lambda config, *, resume, title, **_: seen.append((title, resume)))
+    run_all(runs_of(make_variants(config(models), VARY)[0], SEEDS, killed), killed)
+    assert seen == [("full, seed 1", True), ("topk, seed 1", False)]
+
+
+@pytest.mark.exhaustive
+def test_a_kill_in_the_middle_changes_no_number(
+    killed: Path, made: tuple[Path, dict[str, Any]], models: Path, trained: list[Any]
+) -> None:
+    out, result = killed, made[1]
     again = compare(config(models), VARY, SEEDS, out)
     assert trained == [("full, seed 1", True), ("topk, seed 1", False)]
     for name in ("by_seed", "difference", "curves"):

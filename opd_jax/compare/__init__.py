@@ -18,6 +18,7 @@ from opd_jax.config import Config
 from opd_jax.data.tokenizers import load_tokenizer, valid_vocab_size
 from opd_jax.errors import InputError
 from opd_jax.mesh import make_mesh
+from opd_jax.stores import is_remote
 from opd_jax.tracking.console import console
 from opd_jax.tracking.sections import show, write_analysis
 
@@ -41,6 +42,8 @@ def compare(
             "opd compare: no held-out prompts to compare on. Add evaluation.data={source: …} and, for curves, "
             "evaluation.every=N."
         )
+    if out is None and is_remote(config.run_dir):
+        raise InputError(f"opd compare: run_dir={config.run_dir} is in a store. Give a local directory, --out DIR.")
     variants, dropped = make_variants(config, vary)
     _announce([v.name for v in variants], dropped)
     out = out or Path(config.run_dir)

@@ -70,6 +70,7 @@ def run_all(runs: Sequence[Run], out: Path, stop: threading.Event | None = None)
     same = _SameRollouts()
     for run in begun:
         same.check(run, next((row for row in read_rows(run.place.metrics) if row["step"] == 1), None))
+    existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(epath.Path(out / RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     waiting = [run for run in runs if not run.done]
@@ -89,7 +90,8 @@ def run_all(runs: Sequence[Run], out: Path, stop: threading.Event | None = None)
             except InputError:
                 if fresh and not any(r.begun for r in runs):  # refused before anything was made
                     (out / RECORD).unlink()
-                    out.rmdir()
+                    if not existed:
+                        out.rmdir()
                 raise
             except Interrupted as e:
                 raise Interrupted(f"{run.title}: {str(e).partition(';')[0]}; give the same command to go on") from e

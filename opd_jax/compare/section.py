@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from opd_jax.compare.result import COSTS, YARDSTICK, Row
+from opd_jax.compare.variants import shown
 from opd_jax.plan.topology import GIB
 from opd_jax.tracking.labels import axis_label, format_interval, format_value, short_label
 from opd_jax.tracking.plots import PALETTE, small_multiples
@@ -42,13 +43,13 @@ def section(result: Row) -> Section:
         Table(f"Difference to {result['variants'][0]['name']}, paired by seed, 95 %", *_differences(result, rows)),
         Table("Cost: seconds of a step (medians), FLOPs of its update, bytes of a device", *_costs(result, rows)),
     ]
-    shown = [name for name in ("accuracy", "reverse_kl") if name in result["metrics"]]
+    drawn = [name for name in ("accuracy", "reverse_kl") if name in result["metrics"]]
     plots = [
         Plot(
             f"{axis_label(n, result['metrics_k'])} on held-out prompts over steps",
             functools.partial(_curves, result, n),
         )
-        for n in shown
+        for n in drawn
     ]
     plots += [
         Plot(f"{axis_label(result['by'])} against {_COST[cost][0]}", functools.partial(_frontier, result, cost))
@@ -205,7 +206,7 @@ def _learning(result: Row, rows: Sequence[Row]) -> list[str]:
 
 def _left_out(result: Row) -> list[str]:
     dropped = result["dropped"]
-    told = [f"{' '.join(f'{k}={v}' for k, v in d['settings'].items())} ({d['why']})" for d in dropped]
+    told = [f"{shown(d['settings'])} ({d['why']})" for d in dropped]
     return [f"Left out: {'; '.join(told)}."] if told else []
 
 
