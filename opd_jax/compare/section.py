@@ -65,14 +65,14 @@ def compiled_section(result: Row) -> Section:
     rows = result["variants"]
     rarely = rows[0]["measured"] is not None
     columns = (
-        ["variant", "PFLOP", "peak GiB"] + ["with metrics"] * rarely + ["temp GiB", *_kinds(rows), "compiled in s"]
+        ["variant", "PFLOP", "peak GiB"] + ["with metrics"] * rarely + ["temp GiB", *_kinds(rows), "CPU s to compile"]
     )
     cells = []
     for row in rows:
         sizes = [row[part]["total"] for part in ("update", "measured")[: 1 + rarely]]
         temp = row["update"]["temp"]
         transfers = [_transfer(row["update"]["collectives"], kind) for kind in _kinds(rows)]
-        seconds = sum(row[part]["seconds"] for part in ("update", "measured")[: 1 + rarely])
+        seconds = sum(row[part]["cpu_seconds"] for part in ("update", "measured")[: 1 + rarely])
         bytes_ = [*(size / GIB for size in sizes), None if temp is None else temp / GIB]
         cells.append([row["name"], row["flops"] / 1e15, *bytes_, *transfers, f"{seconds:.0f}"])
     title = f"The update on {result['topology']}: {result['chips']} chips; {mesh}"
@@ -83,7 +83,7 @@ def compiled_section(result: Row) -> Section:
         f"{often}.",
         "FLOPs are those of texts of that length, on all chips. Bytes are those of one chip, from the compiler: peak "
         "with all that stays there, temp the update's own.",
-        "Transfers: how often, and GB that a chip gives or gets. What stands in a loop of known length, as over "
+        "Transfers: how often, and what a chip gives or gets. What stands in a loop of known length, as over "
         "layers, counts as often as it runs; in one that depends on the texts (passes, chunks of tokens), once.",
         *_not_fitting(rows, result["usable_bytes"]),
         *_left_out(result),
@@ -107,7 +107,7 @@ def _kinds(rows: Sequence[Row]) -> list[str]:
 
 def _transfer(collectives: Row | None, kind: str) -> str | None:
     held = (collectives or {}).get(kind)
-    return f"{held['count']:,} × · {format_value(held['bytes'] / 1e9)}" if held else None
+    return f"{held['count']:,}: {format_value(held['bytes'] / 1e9)} GB" if held else None
 
 
 def _ordered(result: Row) -> list[Row]:
