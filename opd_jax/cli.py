@@ -163,6 +163,44 @@ def evaluate(
     write_json(json_path, result)
 
 
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/compare_losses.yaml")],
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="KEY=A,B,… as objective.name=full,topk; of several all combinations")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each variant; differences are paired by seed")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="directory of the runs, tables and plots; default: run_dir of the file")
+    ] = None,
+    topology: Annotated[
+        str | None, typer.Option(help="train nothing: compile the variants for v5e-64, cpu-8, …, as opd plan does")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Trains variants of one run, as losses, side by side: the same start, prompts and random numbers, several seeds.
+
+    One yardstick for all on held-out prompts, paired differences with intervals over seeds, what a step costs. The
+    first rollouts of all variants of a seed are checked to be the same bits. After Ctrl-C, SIGTERM (exit code 3) or a
+    kill the same command goes on; nothing that is done is repeated. For finished evaluations see compare-results.
+    """
+    from opd_jax.config_files import load_config
+
+    check_writable("--json", json_path)
+    settings = load_config(config, overrides or [])
+    if topology is not None:
+        check_out_directory(out)
+        _compile_only(topology)
+        from opd_jax.compare import compare_compiled
+
+        write_json(json_path, compare_compiled(settings, vary or [], topology, out))
+        return
+    from opd_jax.compare import compare as run
+
+    write_json(json_path, run(settings, vary or [], seeds, out, _stop_on_signals()))
+
+
 @app.command("compare-results")
 def compare_results(
     results: Annotated[list[Path], typer.Argument(help="result.json of two or more `opd eval`, or their directories")],

@@ -295,6 +295,7 @@ class Config(Strict):
     alarm: Literal["off", "warn", "stop"] = "warn"  # what a collapse does, see training/alarm.py
     remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass recomputes, see models.forward
     metrics_every: PositiveInt = 1  # opd: steps from one measurement of overlap, entropies, KLs to the next
+    metrics_k: PositiveInt | None = None  # ids in each list of the overlap metrics; None: objective.k
     log_samples: NonNegativeInt = 2  # rollouts written as text at every step that is evaluated
     profile: StepRange | None = None  # first and last step of a jax.profiler trace
     wandb: str | None = None  # project at Weights & Biases that gets the numbers, too
@@ -376,6 +377,11 @@ class Config(Strict):
     def _uncorrected(self) -> bool:
         policy_gradient = self.objective.name == "sampled" or self.reward is not None
         return policy_gradient and self.objective.correction == "none"
+
+    @property
+    def overlap_k(self) -> int:
+        """Ids in each list of the overlap metrics, in training and evaluation."""
+        return self.metrics_k or self.objective.k
 
     @property
     def sampled_prompts(self) -> int:

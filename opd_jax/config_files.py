@@ -57,6 +57,20 @@ def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:
     return _validated(Config, tree, where)
 
 
+def parse_list(text: str, where: str) -> list[Any]:
+    """Values separated by commas, each in YAML. Raises InputError where they are not valid YAML."""
+    return _parse_yaml(f"[{text}]", where)
+
+
+def check_key(key: str, where: str) -> None:
+    """Raises InputError where a dotted name is none of a configuration's; the nearest valid one is named."""
+    names = key.split(".")
+    for i, name in enumerate(names):
+        fields = _fields_at(Config, names[:i])
+        if name not in fields:
+            raise InputError(f"{where}: {_unknown('.'.join(names[: i + 1]), name, fields)}")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
@@ -128,9 +142,7 @@ def _explain(err: Any, root: type[Strict]) -> str:
     if err["type"] == "extra_forbidden":
         *parents, name = err["loc"]
         fields = _fields_at(root, parents)
-        near = difflib.get_close_matches(str(name), fields, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(sorted(fields))}"
-        return f"  {path}: unknown key{hint}"
+        return f"  {_unknown(path, str(name), fields)}"
     if err["type"] == "missing":
         return f"  {path}: required, but not given"
     if err["type"] == "model_type":
@@ -138,6 +150,12 @@ def _explain(err: Any, root: type[Strict]) -> str:
     message = err["msg"].removeprefix("Value error, ")
     found = "" if err["type"] == "value_error" else f" (found {_shown(err['input'])})"
     return f"  {path}: {message}{found}"
+
+
+def _unknown(path: str, name: str, fields: list[str]) -> str:
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(sorted(fields))}"
+    return f"{path}: unknown key{hint}"
 
 
 def _shown(value: Any) -> str:

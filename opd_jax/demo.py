@@ -95,8 +95,9 @@ def _learn(out: Path, name: str, source: str, seed: int, stop: threading.Event |
     if not start.exists():
         tokenizer = out / f"{name}-tokenizer"
         vocab_size = write_task_tokenizer(tokenizer, TASK)
+        rows = -(-vocab_size // 8) * 8  # so that the head divides over a tensor axis
         network = DecoderConfig(
-            "llama", vocab_size, width=128, hidden=384, layers=2, heads=4, kv_heads=4, head_dim=32, norm_eps=1e-6,
+            "llama", rows, width=128, hidden=384, layers=2, heads=4, kv_heads=4, head_dim=32, norm_eps=1e-6,
             rope_theta=1e4, max_positions=64, tie_embeddings=True,
         )  # fmt: skip
         save_model(start, init_params(network, jax.random.key(seed)), network, tokenizer_from=tokenizer)

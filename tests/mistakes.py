@@ -125,7 +125,28 @@ EVAL = [
     (["{models}/good", "chat=false"], "no benchmark given"),
     (["{models}/good", "aime24", "--data", "{models}"], "has none of aime24.jsonl"),
 ]
+HELD_OUT = "evaluation.data={{source: task:products-5x2, chat: false, max_prompt: 6}}"
 COMPARE = [
+    (["absent.yaml", "--vary", "objective.name=full,topk"], "absent.yaml: cannot read the configuration"),
+    (["run.yaml", "--vary", "objective.name=full,topk"], "no held-out prompts to compare on. Add evaluation.data"),
+    (["run.yaml", "--vary", "objective.name=full,topk", "kind=sft", "data.response=response"], "kind=sft; variants"),
+    (["run.yaml", "--vary", "objective.name=full,topk", "teacher=null"], "kind=opd needs teacher.path"),
+    (["run.yaml", HELD_OUT], "--vary: give what is to be compared"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.nam=full,topk"], "objective.nam: unknown key; did you mean 'name'"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.k=1,4"], "all combinations come to one variant"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full"], "one value. Give two or more to compare"),
+    (["run.yaml", HELD_OUT, "--vary", "rollout.temperature=0.5,1.0"], "may not differ between variants"),
+    (["run.yaml", HELD_OUT, "--vary", "seed=1,2"], "the seeds are those of --seeds"),
+    (["run.yaml", HELD_OUT, "--vary", "optimizer.lr=1e-3,fast"], "optimizer.lr: Input should be a valid number"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=[full"], "not valid YAML"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--seeds", "0"], "--seeds"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--out", "begun"], "no comparison is there"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--out", "{models}/file"], "is a file"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "run_dir=gs://a/b"], "Give a local directory, --out"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "student.path=absent"], "absent: no such directory"),
+    (["run.yaml", HELD_OUT, "--vary", "objective.name=full,topk", "--json", "absent/x.json"], "--json absent/x.json"),
+]
+COMPARE_RESULTS = [
     (["absent.json", "absent.json"], "absent.json: not a result.json"),
     (["{models}/good", "--teacher", "{models}/good"], "result.json: not a result.json"),
     ([], "Missing argument"),
@@ -229,7 +250,8 @@ DEMO = [
 CASES = {
     "train": TRAIN,
     "eval": EVAL,
-    "compare-results": COMPARE,
+    "compare": COMPARE,
+    "compare-results": COMPARE_RESULTS,
     "generate": GENERATE,
     "import": IMPORT,
     "export": EXPORT,

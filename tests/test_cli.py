@@ -30,7 +30,7 @@ from opd_jax.training import setup
 
 OPD = str(Path(sys.executable).with_name("opd"))
 COMMANDS = ("demo", "train", "eval", "compare-results", "generate", "import", "export", "plan", "recipe", "report")
-COMMANDS = (*COMMANDS, "analyze", "diagnose")
+COMMANDS = (*COMMANDS, "analyze", "compare", "diagnose")
 
 
 def tiny_model(path: Path, task: str = "products-5x2", **changes: Any) -> Path:

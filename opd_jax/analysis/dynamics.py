@@ -130,7 +130,8 @@ def _settings(run: RunDir) -> tuple[str, Row]:
     try:
         config = yaml.safe_load(run.config.read_text())
         objective, response = config["objective"], config["rollout"]["max_response"]
-        settings = {"k": objective["k"], "student": config["student"]["path"], "objective": objective}
+        k = config.get("metrics_k") or objective["k"]
+        settings = {"k": k, "student": config["student"]["path"], "objective": objective}
         return config["kind"], settings | {"max_response": response}
     except (yaml.YAMLError, KeyError, TypeError) as e:
         raise InputError(f"{run.config}: not the configuration of a run ({e!r}). Give the run_dir of a run.") from e

@@ -27,6 +27,7 @@ def opd_loss(
     dtype: Any = jnp.float32,
     remat: str = "none",
     metrics: bool = True,
+    metric_k: int | None = None,
     layout: Layout | None = None,
 ) -> tuple[tuple[Array, Array], Metrics]:
     """((loss sum, response-token count), metrics) of rows of rollouts; divide once, globally (paper, Eqs. 3–5).
@@ -47,7 +48,7 @@ def opd_loss(
         topk_ids=rows.topk_ids,
         behaviour_logp=rows.logp if objective.correction != "none" else None,
         metrics=metrics,
-        metric_k=objective.k,
+        metric_k=metric_k or objective.k,
         advantages=None if rows.advantage is None else rows.advantage / beta,
         weights=rows.weight,
         depth=rows.depth,

@@ -44,17 +44,7 @@ def plan_run(
             texts for a model.
     """
     topology = find_topology(topology_name)
-    student = decoder_of(config.student.path)
-    teacher = decoder_of(config.teacher.path) if config.teacher else None
-    teachers = teachers_of(config)
-    if len(teachers) > 1 or any(t.context for t in teachers) or config.objective.scale != 1:
-        raise InputError(
-            "opd plan: counts one teacher that reads what the student reads; more_teachers, teacher.context and "
-            "objective.scale are not planned. Plan with the largest teacher alone, and leave room for the others."
-        )
-    check_positions(config, config.student.path, student)
-    if config.teacher and teacher:
-        check_positions(config, config.teacher.path, teacher)
+    student, teacher = models_of(config)
     if mean_response is not None and not 0 < mean_response <= config.rollout.max_response:
         raise InputError(f"--mean-response {mean_response}: expected 1 … {config.rollout.max_response} (max_response)")
     build = functools.partial(_programs, topology=topology, student=student, teacher=teacher)
@@ -68,6 +58,26 @@ def plan_run(
     plan = Plan(topology, config, programs, lines, costs, tokens, found)
     show(plan)
     return as_json(plan)
+
+
+def models_of(config: Config) -> tuple[DecoderConfig, DecoderConfig | None]:
+    """The shapes of student and teacher, by directory or hub id.
+
+    Raises:
+        InputError: an unknown model, one not made for such long texts, or a form of teaching that is not planned.
+    """
+    student = decoder_of(config.student.path)
+    teacher = decoder_of(config.teacher.path) if config.teacher else None
+    teachers = teachers_of(config)
+    if len(teachers) > 1 or any(t.context for t in teachers) or config.objective.scale != 1:
+        raise InputError(
+            "opd plan: counts one teacher that reads what the student reads; more_teachers, teacher.context and "
+            "objective.scale are not planned. Plan with the largest teacher alone, and leave room for the others."
+        )
+    check_positions(config, config.student.path, student)
+    if config.teacher and teacher:
+        check_positions(config, config.teacher.path, teacher)
+    return student, teacher
 
 
 def _programs(config: Config, topology: Topology, student: DecoderConfig, teacher: DecoderConfig | None) -> Programs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from opd_jax.plan.collectives import Collectives, count_collectives
 from opd_jax.plan.programs import Parts, Program
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -36,6 +37,7 @@ class Line:
     seconds: float  # of compilation
     cpu_seconds: float  # of the same, all threads: what it takes on an idle machine, at most
     needed: bool
+    collectives: Collectives | None = None  # by kind
 
     @property
     def fits(self) -> bool:
@@ -53,8 +55,11 @@ def compile_line(program: Program, usable: int) -> Line:
     start, cpu = time.perf_counter(), time.process_time()
     resident = sum(program.resident.values())
     parts = program.arguments | program.resident
+    collectives = None
     try:
-        memory: Any = program.lower().compile().memory_analysis()
+        compiled = program.lower().compile()
+        memory: Any = compiled.memory_analysis()
+        collectives = count_collectives(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as e:
         wanted = wanted_bytes(str(e), usable)
         if wanted is None:
@@ -77,6 +82,7 @@ def compile_line(program: Program, usable: int) -> Line:
     return Line(
         program.name, parts, *sizes, resident=resident, total=total, over=max(total - usable, 0),
         seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu, needed=program.needed,
+        collectives=collectives,
     )  # fmt: skip
 
 

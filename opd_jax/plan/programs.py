@@ -49,11 +49,20 @@ class Program:
 class Programs:
     """Those of one configuration on one mesh, in the order in which a step runs them.
 
+    ``vocab_size``: of the tokenizer, where it is at hand; None: the narrower head.
+
     Raises:
         InputError: sizes that do not divide over the mesh.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, student: DecoderConfig, teacher: DecoderConfig | None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        student: DecoderConfig,
+        teacher: DecoderConfig | None,
+        vocab_size: int | None = None,
+    ):
         self.config, self.student, self.teacher = config, student, teacher
         self.layout = Layout(mesh)
         self.rows = config.rollout.prompts * config.rollout.samples  # of a step; an update has config.rows
@@ -67,7 +76,7 @@ class Programs:
         self.shapes = Shapes(config, self.layout)
         self.micro_batch = rows_per_pass(config, self.shapes.shards)
         self._mesh = tuple(mesh.shape.values())
-        vocab = min(c.vocab_size for c in (student, teacher) if c)
+        vocab = vocab_size or min(c.vocab_size for c in (student, teacher) if c)
         self.graphs: Graphs = make_graphs(config, mesh, student, teacher, stops=(vocab - 1,), vocab_size=vocab)
         self.state = self.shapes.state(student, self.graphs)
         self.weights: Params = self.shapes.params(teacher, config.dtype) if teacher else {}
@@ -188,16 +197,18 @@ class Programs:
             (self._mesh, self.micro_batch),
         )
 
-    def update(self) -> Program:
+    def update(self, *, measured: bool = True) -> Program:
+        """With the metrics of Eqs. 6–10, or as the steps between two measurements run it."""
+        update = self.graphs.update if measured else self.graphs.update_unmeasured
         state, sequences = {k: self.always[k] for k in STATE}, self.shapes.sequences(self.config.rows)
         depends_on = self._mesh, self.micro_batch, self.config.remat
         if self.teacher is None or self.config.kind == "sft":
             parts = state | {"sequences": per_chip(sequences)}
-            return Program("update", lambda: self.graphs.update.lower(self.state, sequences), parts, {}, depends_on)
+            return Program("update", lambda: update.lower(self.state, sequences), parts, {}, depends_on)
         hidden, teacher_head = self.shapes.hidden(sequences, self.teacher), head(self.weights)
         return Program(
             "update",
-            lambda: self.graphs.update.lower(self.state, sequences, hidden, frozen=teacher_head),
+            lambda: update.lower(self.state, sequences, hidden, frozen=teacher_head),
             state | self._scored(sequences, hidden),
             {"teacher": self.always["teacher"] - per_chip(teacher_head)},
             depends_on,

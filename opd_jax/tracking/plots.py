@@ -209,12 +209,15 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def small_multiples(names: Sequence[str], draw: Callable[[Axes, str], None], columns: int) -> Figure:
-    """One panel a name, drawn by ``draw(axes, name)``, in the style of every figure; legends where several are told."""
+def small_multiples(
+    names: Sequence[str], draw: Callable[[Axes, str], None], columns: int, panel: tuple[float, float] = _PANEL
+) -> Figure:
+    """One panel (inches) a name, drawn by ``draw(axes, name)``, in the style of every figure; legends where several are
+    told."""
     columns = max(1, min(columns, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines), layout="constrained")
+        figure = Figure(figsize=(panel[0] * columns, panel[1] * lines), layout="constrained")
         for i, name in enumerate(names):
             ax = figure.add_subplot(lines, columns, i + 1)
             draw(ax, name)

@@ -22,7 +22,7 @@ from opd_jax.tracking.sections import Sections, body, stored
 
 _NOT_METRICS = {"step", "problems", "samples"}
 _STAGES = ("data", "reshard", "rollout", "pack", "score", "update", "evaluation", "checkpoint")
-_OF_STAGES = ("time/", "tokens_per_second/")  # in their own table
+_OF_STAGES = ("time/", "tokens_per_second/", "update_flops")  # in their own table
 _HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
 
 
@@ -93,6 +93,10 @@ class _Run:
         return node
 
     @property
+    def overlap_k(self) -> int | None:
+        return self.setting("metrics_k") or self.setting("objective.k")
+
+    @property
     def student(self) -> list[Row]:
         return [row for row in self.evaluations if row.get("who") != "teacher"]
 
@@ -117,7 +121,7 @@ def _comparison(runs: list[_Run]) -> str:
     for run in runs:
         last = run.student[-1] if run.student else {}
         rows.append([run.name, last.get("step"), run.recovery, *(_with_error(last, n) for n in names)])
-    heads = ["run", "step", "gap recovery rate", *(axis_label(n, runs[0].setting("objective.k")) for n in names)]
+    heads = ["run", "step", "gap recovery rate", *(axis_label(n, runs[0].overlap_k) for n in names)]
     return "<h2>Comparison</h2>" + page.table(heads, rows)
 
 
@@ -146,7 +150,7 @@ def _tiles(run: _Run) -> str:
         old, new = first.get(name), last.get(name)
         if old is None or new is None or first is last:
             continue
-        caption = axis_label(name, run.setting("objective.k"))
+        caption = axis_label(name, run.overlap_k)
         if run.teacher.get(name) is not None:
             caption += f"; teacher {format_value(run.teacher[name])}"
         tiles.append((f"{format_value(old)} <i>→</i> {format_value(new)}", caption))
@@ -165,7 +169,7 @@ def _before_after(run: _Run) -> str:
         cells = [_with_error(first, name)]
         cells += [_with_error(last, name), _change(first, last, name)] if trained else []
         cells += [_with_error(teacher, name)] if teacher else []
-        rows.append([axis_label(name, run.setting("objective.k")), *cells])
+        rows.append([axis_label(name, run.overlap_k), *cells])
     if run.recovery is not None:
         # accuracy, which the rate needs, leads the listed metrics
         rows.insert(1, ["gap recovery rate", None, run.recovery, *([None] * (len(heads) - 3))])
@@ -184,7 +188,7 @@ def _training_curves(runs: list[_Run]) -> str:
     evaluations = dict(zip(labels, (run.evaluations for run in runs), strict=True))
     names = [n for n in _numeric_names([r for run in runs for r in run.metrics]) if not n.startswith(_OF_STAGES)]
     evaluated = _numeric_names([r for run in runs for r in run.student if len(run.student) > 1])
-    k = runs[0].setting("objective.k")
+    k = runs[0].overlap_k
     figures = [
         page.figure(plots.curves(rows, [name], evaluations, k), f"{axis_label(name, k)} over training steps")
         for name in in_order([*names, *evaluated])
@@ -193,7 +197,7 @@ def _training_curves(runs: list[_Run]) -> str:
 
 
 def _position_curves(run: _Run, several: bool) -> str:
-    k, length = run.setting("objective.k"), run.setting("rollout.max_response")
+    k, length = run.overlap_k, run.setting("rollout.max_response")
     figures = [
         page.figure(plots.position_curves(run.metrics, [name], k, length), f"{axis_label(name, k)} by output position")
         for name in plots.position_names(run.metrics)

@@ -69,7 +69,7 @@ def make_graphs(
     packing: Any = {"separate": not config.pack, "multiple": micro_batch, "layout": layout}
     common = {"config": student, "vocab_size": vocab_size, "dtype": dtype, "remat": config.remat, "layout": layout}
     if teacher and config.kind != "sft":
-        loss = functools.partial(_opd_loss, objective=config.objective, **common)
+        loss = functools.partial(_opd_loss, objective=config.objective, metric_k=config.overlap_k, **common)
         quick_loss = functools.partial(loss, metrics=False)
     elif config.kind == "grpo":
         loss = quick_loss = functools.partial(grpo_loss, objective=config.objective, **common)
@@ -106,7 +106,7 @@ def make_graphs(
         update_unmeasured=quick_update,
         measure=make_measure(
             student,
-            k=config.objective.k,
+            k=config.overlap_k,
             vocab_size=vocab_size,
             dtype=dtype,
             layout=layout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,18 @@ Row = dict[str, Any]
 
 
 @hosts.together()
-def train(config: Config, *, resume: bool = False, title: str = "", stop: threading.Event | None = None) -> list[Row]:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    title: str = "",
+    stop: threading.Event | None = None,
+    each_step: Callable[[int, Row], None] | None = None,
+) -> list[Row]:
     """Runs (or resumes) a configuration to its last step; returns the rows of evaluations.jsonl.
 
     Of several processes (``hosts.start``) all call it with the same arguments; process 0 writes and prints.
+    ``each_step`` is given every step's number and row of metrics.jsonl; what it raises ends the run.
 
     Raises:
         InputError: the configuration, its files or the run directory cannot be used; nothing has been changed. Or a
@@ -90,6 +99,8 @@ def train(config: Config, *, resume: bool = False, title: str = "", stop: thread
                 row = watch(step, row | between.row(), skipped)
                 writer.write(step, row)
                 bar.update(step, row)
+                if each_step:
+                    each_step(step, row)
                 if watch.failure:
                     checkpoints.close()
                     raise Failed(watch.failure)

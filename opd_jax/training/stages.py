@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from typing import Any
 
@@ -62,6 +63,8 @@ def rollout_step(setup: Setup, state: TrainState, step: int) -> StepResult:
     if sampled is not None:
         row["response_length"] = float(np.mean(sampled.lengths))
         row["truncation_rate"] = float(np.mean(~np.asarray(sampled.stopped)))
+        if step == 1:
+            row["rollouts"] = digest(sampled)
     row |= _rates(setup, clock, host.prompts.lengths, host.lengths, measure)
     return state, row | _common(setup, state) | clock.row(), skipped
 
@@ -130,6 +133,12 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
+def digest(rollouts: Rollouts) -> str:
+    """Of the bits of tokens and behaviour log-probabilities; of several processes, of this one's rows."""
+    arrays = (rollouts.tokens, rollouts.lengths, rollouts.logp)
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in arrays)).hexdigest()[:16]
+
+
 def weighted(rows: Sequences, config: Config, step: int) -> Sequences:
     """Rows with the weights of ``config.positions`` at a step; as they are where all positions weigh the same."""
     p = config.positions
@@ -179,7 +188,8 @@ class Clock:
 def _rates(setup: Setup, clock: Clock, prompts: np.ndarray, responses: np.ndarray, measure: bool) -> Row:
     teacher = setup.teacher.config if setup.teacher else None
     flops = update_flops(setup.config, setup.student, teacher, prompts, responses, metrics=measure)
-    return throughput(prompts, responses, clock.seconds, flops, list(setup.layout.mesh.devices.flat))
+    rates = throughput(prompts, responses, clock.seconds, flops, list(setup.layout.mesh.devices.flat))
+    return {"update_flops": flops} | rates
 
 
 def _common(setup: Setup, state: TrainState) -> Row:
