@@ -64,7 +64,7 @@ def failing(lab: Lab, **settings: Any) -> Run:
 
 
 def gradients(lab: Lab) -> Row:
-    """Token gradients at the student's states for both teachers: coherence, and how each objective departs from full."""
+    """Token gradients at the student's states, by teacher: coherence, and how each objective departs from full."""
     student, teachers = base(lab).model, [rewarded(lab).model, large(lab).model]
 
     def measure() -> Row:
