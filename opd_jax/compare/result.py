@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.special import stdtrit
 
 from opd_jax.compare.runs import Run
 from opd_jax.compare.variants import Dropped
+from opd_jax.evaluation.scores import student_t
 from opd_jax.tracking.run_dir import Row, read_rows
 
 # Of the evaluations on held-out prompts, and which way is better.
@@ -25,17 +25,6 @@ YARDSTICK = {
 }
 COSTS = ("flops", "seconds")  # of all updates of a run
 NOT_OF_A_STEP = ("evaluation", "checkpoint", "export")
-
-
-def student_t(values: Sequence[float]) -> Row:
-    """Mean x̄ with its 95 % interval x̄ ± t s/√n, t of Student's law with n − 1 degrees; None for n = 1."""
-    x = np.asarray(values, np.float64)
-    n, mean = len(x), float(x.mean())
-    if n < 2:
-        return {"mean": mean, "error": None, "low": None, "high": None}
-    error = float(x.std(ddof=1)) / math.sqrt(n)
-    half = -float(stdtrit(n - 1, 0.025)) * error
-    return {"mean": mean, "error": error, "low": mean - half, "high": mean + half}
 
 
 def paired(values: Sequence[float], first: Sequence[float]) -> Row:

@@ -37,6 +37,17 @@ def summarise(values: Float[np.ndarray, " problems"], seed: int = 0) -> Score:
     return Score(float(values.mean()), error, low, high, n)
 
 
+def student_t(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean x̄ over seeds with its 95 % interval x̄ ± t s/√n, t of Student's law with n − 1 degrees; None for n = 1."""
+    x = np.asarray(values, np.float64)
+    n, mean = len(x), float(x.mean())
+    if n < 2:
+        return {"mean": mean, "error": None, "low": None, "high": None}
+    error = float(x.std(ddof=1)) / math.sqrt(n)
+    half = -float(stdtrit(n - 1, 0.025)) * error
+    return {"mean": mean, "error": error, "low": mean - half, "high": mean + half}
+
+
 def resampled_means(values: Float[np.ndarray, "problems m"], seed: int = 0) -> Float[np.ndarray, "resamples m"]:
     """Means of m columns over problems drawn with replacement, the same problems for all columns."""
     n, columns = values.shape

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from opd_jax.evaluation.scores import gap_recovery
+from opd_jax.evaluation.scores import gap_recovery, student_t
 
 Row = dict[str, Any]
 
@@ -51,13 +50,9 @@ class Check:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval of the mean (Student's t over seeds); nan bounds for a single seed."""
-    found = np.asarray(values, np.float64)
-    n, mean = len(found), float(found.mean())
-    if n < 2:
-        return mean, math.nan, math.nan
-    half = float(stdtrit(n - 1, 0.975)) * float(found.std(ddof=1)) / math.sqrt(n)
-    return mean, mean - half, mean + half
+    """Mean and 95 % interval (``student_t``) over seeds; nan bounds for a single seed."""
+    mean, low, high = (math.nan if (x := student_t(values)[name]) is None else x for name in ("mean", "low", "high"))
+    return mean, low, high
 
 
 def more(text: str, values: Sequence[float], than: float = 0.0) -> Check:
