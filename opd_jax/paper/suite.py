@@ -109,7 +109,10 @@ def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str)
     path = result_path(results, domain, experiment, seed)
     if not path.exists():
         return None
-    row = json.loads(path.read_text())
+    try:
+        row = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError(f"{path}: no result of `opd paper` ({e}). Remove the file.") from e
     if row["settings"] != settings(preset):
         raise InputError(
             f"{path}: made with other settings (preset {row['settings']['preset']}) than --preset {preset} has now. "

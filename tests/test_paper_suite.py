@@ -1,0 +1,125 @@
+"""``opd paper``: what is done is kept, results of other settings are refused, and the page tells what was found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_paper_claims import BORNE_OUT, seeds
+
+from opd_jax.errors import InputError, Interrupted
+from opd_jax.paper import suite
+from opd_jax.paper.presets import DOMAINS, PRESETS
+from opd_jax.paper.suite import PLAN, run_experiments, run_suite
+from opd_jax.paper.worker import result_path, settings
+
+Row = dict[str, Any]
+CURVES = ("gradient_norm", "loss")
+
+
+def store(results: Path, domain: str, experiment: str, preset: str = "smoke") -> None:
+    """Three seeds of made-up results that bear the claim out."""
+    results.mkdir(exist_ok=True)
+    for seed, row in enumerate(seeds(BORNE_OUT[experiment]), 1):
+        head = {"experiment": experiment, "domain": domain, "seed": seed, "settings": settings(preset)}
+        text = json.dumps(head | row | {"cpu_seconds": 60.0})
+        result_path(results, domain, experiment, seed).write_text(text)
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("what is done was begun again")
+
+    monkeypatch.setattr(suite, "_start", refuse)
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_path: Path) -> None:
+    results = tmp_path / "paper"
+    for domain, experiments in PLAN.items():
+        for experiment in experiments:
+            store(results, domain, experiment)
+    found = run_suite("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
+    assert len(found["claims"]) == 14
+    assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
+    page = (tmp_path / "paper.md").read_text()
+    for claim in found["claims"]:
+        assert f"## Claim {claim['claim']} (§{claim['experiment']}) on {claim['domain']}: holds" in page
+        for check in claim["checks"]:
+            assert f"| {check['text']} | {check['mean']:+.3f} |" in page.replace("\\|", "|")
+    shown = [part.partition(")")[0] for part in page.split("](paper/")[1:]]
+    assert len(shown) == 11
+    assert all((results / name).stat().st_size > 10_000 for name in shown)
+
+
+@pytest.mark.usefixtures("no_workers")
+def test_only_some_experiments(tmp_path: Path) -> None:
+    store(tmp_path / "r", "folds", "6.3")
+    found = run_suite("smoke", [1, 2, 3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
+    assert [claim["experiment"] for claim in found["claims"]] == ["6.3"]
+
+
+def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--only 6\.4: unknown experiment; expected some of 3\.1, 3\.2"):
+        run_experiments("smoke", [1], ["6.4"], tmp_path / "o", tmp_path / "r", 1)
+    store(tmp_path / "r", "folds", "6.3", preset="mini")
+    with pytest.raises(InputError, match="made with other settings"):
+        run_experiments("smoke", [1, 2, 3], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
+    broken = result_path(tmp_path / "r", "folds", "6.3", 1)
+    broken.write_text('{"experiment": "6')
+    with pytest.raises(InputError, match="no result"):
+        run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_signal_stops_the_workers_and_the_command_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleep(*_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    monkeypatch.setattr(suite, "_start", sleep)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted, match="0 of 2"):
+        run_experiments("smoke", [1, 2], ["3.1"], tmp_path / "o", tmp_path / "r", 2, stop)
+    assert [process.wait(10) for process in started] == [-15, -15]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
+    from opd_jax.data.tasks import make_task
+
+    d = DOMAINS[domain](PRESETS[preset])
+    parts = [*d.corpus["mix"].values(), d.main, d.exact, d.other, d.short, d.bare]
+    longest = {"prompt": 0, "response": 0}
+    for part in parts:
+        for row in make_task(part["source"].removeprefix("task:"), "train", 50):
+            words = {"prompt": part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])}
+            words["response"] = f"{row['response']} <eos>"
+            longest = {name: max(longest[name], len(text.split())) for name, text in words.items()}
+    assert longest == {"prompt": d.prompt, "response": d.longest}
+    main = make_task(d.main["source"].removeprefix("task:"), "train", 50)
+    assert {len(row["response"].split()) + 1 for row in main} == {d.response}
+
+
+@pytest.mark.exhaustive
+def test_smoke_runs_every_experiment(tmp_path: Path) -> None:
+    command = ["paper", "--preset", "smoke", "--seeds", "1"]
+    command += ["--out", str(tmp_path / "paper"), "--json", str(tmp_path / "paper.json")]
+    code = "from opd_jax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "paper.json").read_text())
+    assert {claim["experiment"] for claim in found["claims"]} == set(PLAN["folds"])
+    assert {claim["verdict"] for claim in found["claims"]} == {"undecided"}  # a single seed decides nothing
