@@ -54,12 +54,16 @@ def run(first: float, last: float, teacher: float = 0.95, **curves: tuple[float,
         "overlap_advantage": (-0.2, -0.01), "overlap_mass_student": (0.9, 0.99),
     } | curves  # fmt: skip
     return {
-        "step": [0, 100],
-        "evaluations": {name: list(ends) for name, ends in of.items()},
+        "step": [0, 100] if len(of["accuracy"]) == 2 else [0, 50, 100],
+        "evaluations": {name: _curve(ends, len(of["accuracy"])) for name, ends in of.items()},
         "steps": {"gradient_norm": [curves.get("norm", (1.0, 0.1))[0]] * 5},
         "teacher_accuracy": teacher,
         "student_entropy_by_position": [[1.0, 1.0, 1.0, 1.0], [0.9, 0.9, 0.9, 1.1]],
     }
+
+
+def _curve(ends: tuple[float, ...], points: int) -> list[float]:
+    return list(ends) if len(ends) == points else [ends[0]] * (points - 1) + [ends[-1]]
 
 
 def models(**accuracy: float) -> Row:
