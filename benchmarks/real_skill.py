@@ -4,7 +4,7 @@
     python benchmarks/real_skill.py --model models/smollm2 --seeds 3 [--plot docs/real-skill.png]
 
 "What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked as text. ``sft`` imitates worked
-answers, ``grpo`` makes the teacher of that by rewards, ``opd`` teaches the untouched model: full reverse KL on its own
+answers, ``grpo`` makes the teacher of that by rewards, ``opd`` teaches the untouched model: full forward KL on its own
 responses. Greedy accuracy on held-out problems; an answer may stand anywhere at the end of a response (the last number
 is read), so that form alone gains nothing. Resumable: what stands below --out is not done again.
 """
@@ -57,9 +57,9 @@ STAGES: dict[str, Row] = {
         "kind": "opd",
         "steps": 60,
         "data": DATA,
-        "objective": {"name": "full"},
+        "objective": {"name": "full", "divergence": "forward"},
         "rollout": {"prompts": 32, "samples": 1, "max_response": RESPONSE},
-        "optimizer": {"lr": 3e-5, "warmup": 5},  # at 1e-4 it collapses: the end of a response is unlearnt for good
+        "optimizer": {"lr": 3e-5, "warmup": 5},
         "metrics_every": 5,
     },
 }
