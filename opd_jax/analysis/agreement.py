@@ -135,7 +135,7 @@ def _plots(teachers: Sequence[Row]) -> list[Plot]:
 def _lead(result: Row) -> list[str]:
     lines = [
         f"{result['problems']:,} problems of {result['source']} × {result['samples']} rollouts of {_student(result)}: "
-        f"{result['tokens']:,} of {result['of_tokens']:,} tokens, spread over all rollouts, the same for every teacher. "
+        f"{result['tokens']:,} of {result['of_tokens']:,} tokens, over all rollouts, the same for every teacher. "
         "g is the gradient of the full KL at a token in all parameters of the student."
     ]
     for t in result["teachers"]:
