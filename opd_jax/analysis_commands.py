@@ -157,7 +157,7 @@ def gradients(
     models: Annotated[list[str], typer.Argument(metavar="STUDENT TEACHER… SOURCE [SETTING]…", help=MODELS_HELP)],
     problems: Problems = 32,
     samples: Samples = 2,
-    tokens: Annotated[int, typer.Option(min=2, max=4096, help="to look at, evenly spaced over all rollouts")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, max=4096, help="to look at, spread over all rollouts")] = 512,
     directions: Annotated[
         int | None,
         typer.Option(min=0, max=65536, help="random directions to project on; 0: exact. Default: exact if small"),

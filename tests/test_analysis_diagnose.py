@@ -16,6 +16,7 @@ import tiny_runs
 from transformers import AutoTokenizer
 
 from opd_jax.analysis import diagnose as module
+from opd_jax.analysis import first_update as update
 from opd_jax.analysis import verdicts
 from opd_jax.analysis.diagnose import (
     COMPATIBLE,
@@ -132,6 +133,47 @@ def test_first_update_by_brute_force(models: Path, result: dict[str, Any]) -> No
     shown = {t.title: t for t in verdicts.section(result).tables}
     table = shown["first update: gradients of the full KL, one rollout of each problem"]
     assert table.rows[0][3] == found["norm"]["value"]
+
+
+def test_first_update_that_does_not_fit_loses_nothing(
+    models: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nand a table")
+
+    monkeypatch.setattr(module, "first_update", refuse)
+    found = diagnose(models / "student", [models / "teacher"], SOURCE, SAMPLING, **SETTINGS)["teachers"][0]
+    assert found["first_update"] is None
+    assert found["knowledge"] == result["teachers"][0]["knowledge"]
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "the first update is not measured" in warned
+    assert "Out of memory allocating 7 bytes.)" in warned
+
+
+def test_first_update_is_of_the_weights_as_they_are_stored(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of those that were rounded to sample and score."""
+    pair = check_pair(models / "student", [models / "teacher"], batch=4, dtype="bfloat16")
+    student, teacher = pair.load(models / "student"), pair.load(models / "teacher")
+    seen = []
+
+    def backward(params: Any, *_: Any) -> tuple[np.ndarray, float]:
+        seen.append(params)
+        return np.ones(3), 3.0
+
+    monkeypatch.setattr(update, "_passes", lambda *_: (lambda *_: jnp.zeros(1), backward))
+    update.first_update(pair, student, teacher, make_drawn())
+    jax.tree.map(np.testing.assert_array_equal, seen[0], load_model(models / "student")[0])
+
+
+def test_sketches_of_gradients_in_one_hidden_coordinate() -> None:
+    """Of 266,240 weights, with nearly all of their gradients in one column of 512."""
+    rng = np.random.default_rng(0)
+    g = 0.01 * rng.normal(size=(2, 520, 512))
+    g[:, :, 100] += 10 * rng.normal(size=(2, 520)) + 5 * rng.normal(size=520)
+    flat, sketches = (x.reshape(2, -1) for x in (g, np.array([update.sketched([jnp.asarray(x)]) for x in g])))
+    exact, found = (x @ x.T for x in (flat, sketches.astype(np.float64)))
+    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    assert np.abs((found - exact) / scale).max() < 0.01
 
 
 def test_settings_of_a_teacher(models: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,25 +14,38 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from opd_jax.analysis import agreement
+from opd_jax.analysis import gradients as analysis
+from opd_jax.analysis import token_gradients as module
 from opd_jax.analysis.agreement import section
 from opd_jax.analysis.coherence import bilinear, coherence, cosines
 from opd_jax.analysis.estimates import estimate, prompt_weights
 from opd_jax.analysis.gradients import analyse_gradients
 from opd_jax.analysis.pair import Sampling
-from opd_jax.analysis.token_gradients import CLASSES, VARIANTS, Both, choose_states, token_gradients
+from opd_jax.analysis.token_gradients import (
+    CLASSES,
+    VARIANTS,
+    Both,
+    check_exact,
+    choose_states,
+    inner_products,
+    token_gradients,
+)
 from opd_jax.config import Objective
 from opd_jax.config_files import parse_data
+from opd_jax.errors import InputError
 from opd_jax.losses.reference import reference_loss
 from opd_jax.models.decoder import DecoderConfig, forward, head, init_params
+from opd_jax.models.hf import load_model
 
-NAMES = tuple(VARIANTS)
+
+def shape(vocab: int, tied: bool = True, **sizes: Any) -> DecoderConfig:
+    given: dict[str, Any] = {"width": 16, "hidden": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8} | sizes
+    return DecoderConfig("llama", vocab, **given, norm_eps=1e-6, rope_theta=1e4, max_positions=64, tie_embeddings=tied)
 
 
 def tiny(vocab: int, seed: int, tied: bool = True, **sizes: Any) -> tuple[DecoderConfig, Any]:
-    shape: dict[str, Any] = {"width": 16, "hidden": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8} | sizes
-    network = DecoderConfig(
-        "llama", vocab, **shape, norm_eps=1e-6, rope_theta=1e4, max_positions=64, tie_embeddings=tied
-    )
+    network = shape(vocab, tied, **sizes)
     return network, jax.tree.map(lambda w: 2 * w, init_params(network, jax.random.key(seed)))
 
 
@@ -88,6 +102,57 @@ def test_cosines() -> None:
     assert (found["same"]["pairs"], found["same"]["mean"]["value"]) == (3, pytest.approx(1 / 3))
     assert (found["other"]["pairs"], found["other"]["mean"]["value"]) == (3, pytest.approx(-1 / 3))
     assert sum(found["other"]["histogram"]) == 3
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 100, 1000])
+def test_tokens_are_spread_over_all_rollouts(tokens: int) -> None:
+    """As many as are asked for, also when they are fewer than rollouts; each once, in order."""
+    lengths = np.full(100, 7)
+    found = choose_states(lengths, tokens, 4)
+    index = 7 * found.sequence + found.position
+    assert len(index) == min(tokens, 700)
+    assert (np.diff(index) > 0).all()
+    assert (found.problem == found.sequence // 4).all()
+    assert (np.histogram(found.sequence, 3, (0, 100))[0] >= int(0.32 * len(index))).all()
+    if tokens == 100:
+        assert len(np.unique(found.position)) == 7
+
+
+def test_inner_products_of_nearly_equal_sums() -> None:
+    """A distance of 1e-6 of the norm, which float32 sums do not resolve."""
+    a, b = np.random.default_rng(0).normal(size=(2, 5000)).astype(np.float32)
+    rows = np.stack([a, a + np.float32(1e-6) * b])
+    gram = inner_products(rows)
+    exact = np.linalg.norm(rows[1].astype(np.float64) - rows[0])
+    assert np.sqrt(gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]) == pytest.approx(exact, rel=1e-3)
+
+
+def test_exact_gradients_of_a_large_model_are_refused() -> None:
+    check_exact(shape(12), 512, 64)
+    with pytest.raises(InputError, match=r"--directions 1024"):
+        check_exact(shape(150_000, width=1024), 512, 64)
+
+
+def test_drawn_tokens_and_directions_do_not_share_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[Any] = []
+
+    def at_states(both: Any, *given: Any) -> Any:
+        keys.append(given[-1])
+        states = len(given[-2][0])
+        return jnp.ones((both.rows, states, 12)), jnp.ones((states, 16)), jnp.zeros(states, int)
+
+    def projected(*given: Any) -> Any:
+        keys.extend(jax.random.fold_in(given[-2], number) for number in given[-1])
+        return jnp.ones((*given[4].shape[:2], len(given[-1])))
+
+    monkeypatch.setattr(module, "_logit_gradients", at_states)
+    monkeypatch.setattr(module, "_projected", projected)
+    c, p, rollouts = shape(12), {"embed": np.ones((12, 16))}, rollouts_of(11, 2)
+    states = choose_states(np.asarray(rollouts.lengths), 4, 1)
+    token_gradients(Both(c, c, 12, 3, (("full", Objective()),)), p, p, rollouts, states, directions=2)
+    data = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
+    assert len(keys) == 4  # a batch is looked at twice, and has two directions
+    assert len(data) == 3
 
 
 class Tiny:
@@ -160,8 +225,16 @@ def test_token_gradients_by_brute_force(tied: bool) -> None:
             in_p, in_q = (int(y) in np.argsort(-x)[:3] for x in (z, t))
             assert found == (0 if in_p and in_q else 1 if in_p else 2)
 
-        rough = token_gradients(
-            case.both(*names), case.p, case.q, case.rollouts, case.states, directions=1024, title="projected"
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tied", [True, False])
+def test_projections_against_exact_gradients(tied: bool) -> None:
+    with jax.enable_x64(True):
+        case = Tiny(tied)
+        names = ("full", "topk k=1", "topk k=4", "topk_reference k=1")
+        exact, rough = (
+            token_gradients(case.both(*names), case.p, case.q, case.rollouts, case.states, directions=m)
+            for m in (0, 1024)
         )
         assert rough.directions == 1024
         np.testing.assert_allclose(rough.squares[[0, 2, 3]], exact.squares[[0, 2, 3]], rtol=0.22)
@@ -222,13 +295,34 @@ def test_projections_of_a_model_of_a_million_weights() -> None:
 SOURCE = parse_data(f"task:{tiny_runs.TASK}", ("chat=false", "limit=8"))
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    models = tiny_runs.write_models(tmp_path_factory.mktemp("models"))
-    sampling = Sampling(8, 2, 8, fallback_number=True)
+@pytest.fixture(scope="module", params=[4, pytest.param(len(VARIANTS), marks=pytest.mark.exhaustive)])
+def analysed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Any]:
+    """With the first objectives (in the default run) or all: models, weights that were differentiated, result."""
+    models, seen = tiny_runs.write_models(tmp_path_factory.mktemp("models")), []
+
+    def measure(both: Both, *given: Any, **settings: Any) -> Any:
+        seen.append(given[:2])
+        return token_gradients(both, *given, **settings)
+
     student, teacher = models / "student", models / "teacher"
-    settings: dict[str, Any] = {"tokens": 24, "directions": 64, "batch": 16, "dtype": "float32"}
-    return analyse_gradients(student, [teacher, student], SOURCE, sampling, **settings)
+    settings: dict[str, Any] = {"tokens": 24, "directions": 64, "batch": 16, "dtype": "bfloat16"}
+    sampling = Sampling(8, 2, 8, fallback_number=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "VARIANTS", dict(list(VARIANTS.items())[: request.param]))
+        patch.setattr(analysis, "measure", measure)
+        return models, seen, analyse_gradients(student, [teacher, student], SOURCE, sampling, **settings)
+
+
+@pytest.fixture
+def result(analysed: tuple[Path, list[Any], Any]) -> dict[str, Any]:
+    return analysed[2]
+
+
+def test_gradients_are_of_the_weights_as_they_are_stored(analysed: tuple[Path, list[Any], Any]) -> None:
+    """Rollouts come from weights rounded to --dtype, gradients do not."""
+    models, seen, _ = analysed
+    for name, found in zip(("student", "teacher"), seen[0], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, load_model(models / name)[0])
 
 
 def test_analysis(result: dict[str, Any]) -> None:
@@ -273,3 +367,9 @@ def test_teachers_are_compared_in_words(result: dict[str, Any]) -> None:
     assert "its gradients are less coherent than those of teacher" in told(-0.2, 0.1)
     assert "its gradients are more coherent than those of teacher" in told(0.2, 0.1)
     assert "undecided whether" in told(0.1, 0.2)
+
+
+def test_an_interval_that_holds_1_shows_no_equality() -> None:
+    assert "not told apart from random directions" in agreement.meaning({"value": 1.0, "low": 0.5, "high": 2.0})
+    assert "cancel in part" in agreement.meaning({"value": 0.5, "low": 0.4, "high": 0.7})
+    assert "agree more than at random" in agreement.meaning({"value": 1.5, "low": 1.1, "high": 2.0})

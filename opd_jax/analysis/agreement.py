@@ -135,8 +135,8 @@ def _plots(teachers: Sequence[Row]) -> list[Plot]:
 def _lead(result: Row) -> list[str]:
     lines = [
         f"{result['problems']:,} problems of {result['source']} × {result['samples']} rollouts of {_student(result)}: "
-        f"{result['tokens']:,} of {result['of_tokens']:,} tokens, evenly spaced, the same for every teacher. g is the "
-        "gradient of the full KL at a token in all parameters of the student."
+        f"{result['tokens']:,} of {result['of_tokens']:,} tokens, over all rollouts, the same for every teacher. "
+        "g is the gradient of the full KL at a token in all parameters of the student."
     ]
     for t in result["teachers"]:
         if not t["defined"]:
@@ -149,7 +149,7 @@ def _lead(result: Row) -> list[str]:
         noise = "" if batch["noise"] is None else f", noise of the problems drawn {batch['noise']:.0%} of that"
         lines.append(
             f"{t['name']}: coherence {told(whole['coherence'])}, where orthogonal gradients of these norms have "
-            f"{format_value(whole['orthogonal']['value'])}: {_meaning(whole['ratio'])}. Norm of the mean gradient "
+            f"{format_value(whole['orthogonal']['value'])}: {meaning(whole['ratio'])}. Norm of the mean gradient "
             f"{format_value(batch['norm']['value'])}{noise}."
             if whole
             else f"{t['name']}: fewer than two tokens have a gradient; coherence is undefined."
@@ -176,7 +176,8 @@ def _lead(result: Row) -> list[str]:
     return lines
 
 
-def _meaning(ratio: Row) -> str:
+def meaning(ratio: Row) -> str:
+    """What ‖Σ g‖ / √Σ‖g‖² and its interval say; one that holds 1 does not show that gradients are orthogonal."""
     low, high = ratio["low"], ratio["high"]
     text = f"{format_value(ratio['value'])} times as much"
     if low is None or high is None:
@@ -184,7 +185,7 @@ def _meaning(ratio: Row) -> str:
     bounds = f" (95 % interval {low:.2f} … {high:.2f})"
     if low > 1:
         return text + bounds + ", so they agree more than at random"
-    return text + bounds + (", so they cancel" if high < 1 else ", no different from random directions")
+    return text + bounds + (", so they cancel in part" if high < 1 else ", not told apart from random directions")
 
 
 def _compared(t: Row, first: str) -> str:

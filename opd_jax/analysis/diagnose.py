@@ -43,6 +43,7 @@ from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import AnswerPool
 from opd_jax.evaluation.heldout import MEASURED, Panel
 from opd_jax.models.hf import load_config
+from opd_jax.tracking.console import console
 from opd_jax.tracking.writers import plain
 
 Row = dict[str, Any]
@@ -108,7 +109,7 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
             row |= {"scoring": check_scoring(pair, own, other, drawn, values), "of_teacher": _of_rollouts(answered)}
             row |= measured(values, len(panel.problems)) | knowledge(drawn, answered, values)
             row |= judged(row, len(panel.problems), pair.k)
-            row["first_update"] = None if row["same"] else first_update(pair, own, other, drawn)
+            row["first_update"] = None if row["same"] else first_update_if_it_fits(pair, own, other, drawn)
             if update := row["first_update"]:
                 rates = update.pop("rates") | {"rollout": sampled}
                 row["step"] = step_cost(pair, own.config, other.config, drawn, rates)
@@ -117,6 +118,18 @@ def diagnose(student: Path, teachers: Sequence[Path], data: Data, sampling: Samp
         result["teachers"] = [of_teacher(*each) for each in zip(pair.names(), teachers, strict=True)]
     result["ranking"] = ranked(result["teachers"])
     return plain(result)
+
+
+def first_update_if_it_fits(pair: Pair, student: Network, teacher: Network, drawn: Drawn) -> Row | None:
+    """None, with a warning, where the device refuses it: what was measured until then is not lost to it."""
+    try:
+        return first_update(pair, student, teacher, drawn)
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        why = (str(e) or "out of memory").splitlines()[0]
+        console.warn(
+            f"{teacher.path}: the first update is not measured, as it did not run beside both models here ({why})."
+        )
+        return None
 
 
 def compare_settings(pair: Pair, teacher: Path, data: Data, panel: Panel) -> Row:

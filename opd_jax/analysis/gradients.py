@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.analysis.coherence import Coherence, bilinear, by_problem, coherence, cosines, linear, mean
@@ -24,13 +23,14 @@ from opd_jax.analysis.token_gradients import (
     VARIANTS,
     Both,
     Gradients,
+    check_exact,
     choose_states,
 )
 from opd_jax.analysis.token_gradients import token_gradients as measure
 from opd_jax.config import Data
 from opd_jax.evaluation.answers import AnswerPool
+from opd_jax.models.hf import load_config, load_model
 from opd_jax.tracking.writers import plain
-from opd_jax.types import Params
 
 Row = dict[str, Any]
 
@@ -52,32 +52,35 @@ def analyse_gradients(
     """Samples rollouts of the student and compares the token gradients of the full KL to each teacher on them.
 
     Args:
-        tokens: about how many tokens are looked at, evenly spaced over all rollouts.
+        tokens: how many tokens are looked at, spread over all rollouts.
         directions: of random projections; 0: exact; None: exact where the model is small.
         settings: of ``check_pair``.
 
     Raises:
-        InputError: a pair or prompts that are refused.
+        InputError: a pair or prompts that are refused, exact gradients of a model that is too large.
     """
     pair = check_pair(student, teachers, **settings)
     panel, overlong = load_panel(pair, data, sampling, graded=False)
+    if directions == 0:
+        check_exact(load_config(student), min(tokens, panel.rows * sampling.max_response), panel.rows)
     network = pair.load(student)
     with AnswerPool(fallback_number=sampling.fallback_number) as pool:
         drawn = draw_rollouts(pair, network, panel, pool, sampling, student.name)
     states = choose_states(drawn.lengths, tokens, sampling.samples)
     weights = prompt_weights(len(panel.problems))
     rollouts = jax.tree.map(lambda x: np.asarray(x)[: panel.rows], drawn.rollouts)
-    params = single_device(network.params)
+    del network  # drawn from in the precision of ``pair``; its gradients are of the weights as training has them
+    params, own = load_model(student)
     result: Row = {"kind": KIND} | described(pair, data, sampling, panel, overlong)
     result |= {"tokens": len(states.sequence), "of_tokens": int(drawn.lengths.sum()), "teachers": []}
     result["accuracy"] = drawn.summary.get("accuracy")
     first: Coherence | None = None
     for name, path in zip(pair.names(), teachers, strict=True):
-        other = pair.load(path)
-        both = Both(network.config, other.config, pair.vocab_size, pair.k, tuple(VARIANTS.items()))
+        weights_of_teacher, other = load_model(path)
+        both = Both(own, other, pair.vocab_size, pair.k, tuple(VARIANTS.items()))
         title = f"gradients, {name}"
         found = measure(
-            both, params, single_device(other.params), rollouts, states,
+            both, params, weights_of_teacher, rollouts, states,
             seed=sampling.seed, directions=directions, title=title,
         )  # fmt: skip
         row = {"name": name, "path": str(path)} | described_gradients(found, drawn, weights)
@@ -89,11 +92,6 @@ def analyse_gradients(
             first = first or whole
         result["teachers"].append(row)
     return plain(result)
-
-
-def single_device(params: Params) -> Params:
-    """In float32, on one device."""
-    return jax.device_put(jax.tree.map(lambda w: w.astype(jnp.float32), params), jax.local_devices()[0])
 
 
 def described_gradients(found: Gradients, drawn: Drawn, weights: np.ndarray) -> Row:

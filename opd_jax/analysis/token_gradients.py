@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from opd_jax.config import Objective
+from opd_jax.errors import InputError
 from opd_jax.losses.reference import reference_token_loss
 from opd_jax.losses.supports import contains
 from opd_jax.models.decoder import DecoderConfig, head, parameter_specs
@@ -53,7 +54,7 @@ _GROUP = 2**28  # numbers of one group of exact gradients, 1 GiB
 _GROUPS = 8  # passes over all tokens from which projections are taken instead
 _AT_ONCE = 2**26  # numbers of gradients, or directions, that exist on the device at once
 _LOGITS = 2**28  # numbers of logit gradients of a batch
-_COLUMNS = 2048  # of the rows of a batch of projections
+_COLUMNS = 2048  # of the rows of a batch of projections, of a block of inner products
 _BLOCK = 32  # directions of one call
 
 
@@ -84,11 +85,12 @@ class Gradients:
 
 
 def choose_states(lengths: Int[np.ndarray, " S"], tokens: int, samples: int) -> States:
-    """At most about ``tokens`` response tokens: every s-th, begun at another place in each sequence."""
-    stride = max(1, math.ceil(int(lengths.sum()) / tokens))
+    """At most ``tokens`` response tokens: one at random of each of as many equal stretches of all rollouts in a row."""
+    total = int(lengths.sum())
+    edges = np.linspace(0, total, min(tokens, total) + 1).astype(int)
+    chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     position = np.concatenate([np.arange(n) for n in lengths])
-    chosen = (position + sequence) % stride == 0
     return States(sequence[chosen], position[chosen], sequence[chosen] // samples)
 
 
@@ -139,36 +141,48 @@ def token_gradients(
     directions = None if parts else directions or DIRECTIONS
     calls = len(parts) * len(batches) if parts else len(batches) * math.ceil((directions or 0) / _BLOCK)
     n, S = len(states.sequence), states.sequences
-    gram = np.zeros((n + width * S,) * 2)
+    token, sums = np.zeros((n, n)), np.zeros((width * S,) * 2)
     squares, distances = np.zeros((2, width, n))
     classes, logit_norm = np.zeros(n, int), 0.0
     at_states = functools.partial(_logit_gradients, both, student, teacher)
+    of_tokens, of_directions = jax.random.split(jax.random.key(seed))
     for i, batch in enumerate(batches):
-        delta, _, of_class = at_states(batch.rows, batch.at, jax.random.fold_in(jax.random.key(seed), i))
+        delta, _, of_class = at_states(batch.rows, batch.at, jax.random.fold_in(of_tokens, i))
         classes[batch.states[batch.held]] = np.asarray(of_class)[batch.held]
         logit_norm += float(jnp.linalg.norm(delta[0], axis=-1)[batch.held].sum()) / n
     defined = logit_norm > NO_GRADIENT
     with console.progress(calls if defined else 0, title, unit="pass", show=()) as bar:
         for part in (parts or [None]) if defined else []:
             columns = sum(leaf.size for i, leaf in enumerate(jax.tree.leaves(student)) if part and i in part)
-            stored = np.zeros((len(gram), columns or directions or 0), np.float32)
+            stored = np.zeros((n + width * S, columns or directions or 0), np.float32)
             for i, batch in enumerate(batches):
                 held, where = batch.held, batch.states[batch.held]
-                delta, hidden, _ = at_states(batch.rows, batch.at, jax.random.fold_in(jax.random.key(seed), i))
-                for start, found in _features(both, student, part, directions, seed, batch, delta, hidden):
+                delta, hidden, _ = at_states(batch.rows, batch.at, jax.random.fold_in(of_tokens, i))
+                for start, found in _features(both, student, part, directions, of_directions, batch, delta, hidden):
                     reduced = _reduce(both, len(batch.rows.tokens), found, batch.at[0], held)
-                    full, sums, of_squares, of_distances = jax.device_get(reduced)
+                    full, summed, of_squares, of_distances = jax.device_get(reduced)
                     at = slice(start, start + full.shape[-1])
                     stored[where, at] = full[held]
-                    last = min(batch.first + sums.shape[1], S)
+                    last = min(batch.first + summed.shape[1], S)
                     for v in range(width):
-                        stored[n + v * S + batch.first : n + v * S + last, at] += sums[v, : last - batch.first]
+                        stored[n + v * S + batch.first : n + v * S + last, at] += summed[v, : last - batch.first]
                     squares[:, where] += of_squares[:, held]
                     distances[:, where] += of_distances[:, held]
                     bar.advance()
-            gram += stored @ stored.T
-    token, sums = gram[:n, :n], gram[n:, n:].reshape(width, S, width, S)
-    return Gradients(states, token, sums, squares, distances, classes, logit_norm, directions)
+            token += stored[:n] @ stored[:n].T
+            sums += inner_products(stored[n:])
+    of_sums = sums.reshape(width, S, width, S)
+    return Gradients(states, token, of_sums, squares, distances, classes, logit_norm, directions)
+
+
+def inner_products(rows: Float[np.ndarray, "S columns"]) -> Float[np.ndarray, "S S"]:
+    """In float64, by blocks of columns: a bias is the difference of two that are nearly equal, and what float32 loses
+    would make one of 0 seem 2e-4."""
+    found = np.zeros((len(rows),) * 2)
+    for start in range(0, rows.shape[1], _COLUMNS):
+        block = rows[:, start : start + _COLUMNS].astype(np.float64)
+        found += block @ block.T
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -190,12 +204,27 @@ def _stored(both: Both, states: States) -> int:
     return len(states.sequence) + len(both.variants) * states.sequences
 
 
+def check_exact(c: DecoderConfig, tokens: int, sequences: int) -> None:
+    """Exact gradients of so many tokens and sequences fit in memory.
+
+    Raises:
+        InputError: those of the largest weight alone are beyond all that small models are given.
+    """
+    rows = tokens + len(VARIANTS) * sequences
+    size = rows * max(math.prod(s.shape) for s in _specs(c))
+    if size > _GROUPS * _GROUP:
+        raise InputError(
+            f"--directions 0: exact gradients of {tokens:,} tokens and {sequences:,} rollouts take "
+            f"{size / 2**28:,.0f} GiB for the largest weight alone, more than {_GROUPS * _GROUP / 2**28:.0f}. "
+            f"Take --directions {DIRECTIONS}, or fewer --tokens and rollouts."
+        )
+
+
 def _leaf_groups(c: DecoderConfig, rows: int, directions: int | None) -> list[set[int]]:
     """Weights whose exact gradients are held at the same time, by their place in the tree; []: take projections."""
     if directions:
         return []
-    is_spec: Callable[[Any], bool] = lambda x: hasattr(x, "shape")  # noqa: E731
-    sizes = [math.prod(s.shape) for s in jax.tree.leaves(parameter_specs(c), is_leaf=is_spec)]
+    sizes = [math.prod(s.shape) for s in _specs(c)]
     groups: list[set[int]] = []
     room = 0
     for i, size in enumerate(sizes):
@@ -216,7 +245,8 @@ def _batches(both: Both, rollouts: Rollouts, states: States, groups: Sequence[se
     of_row = [np.flatnonzero(states.sequence == s) for s in range(states.sequences)]
     most = max(len(x) for x in of_row)
     if groups:
-        weights = max(sum(math.prod(s.shape) for s in _leaves(both.student, g)) for g in groups)
+        sizes = [math.prod(s.shape) for s in _specs(both.student)]
+        weights = max(sum(sizes[i] for i in g) for g in groups)
         size, together = max(1, min(most, _AT_ONCE // (both.rows * weights))), 1
     else:
         size = max(1, _LOGITS // (both.rows * both.vocab_size))
@@ -236,9 +266,8 @@ def _batches(both: Both, rollouts: Rollouts, states: States, groups: Sequence[se
     return found
 
 
-def _leaves(c: DecoderConfig, group: set[int]) -> list[Any]:
-    specs = jax.tree.leaves(parameter_specs(c), is_leaf=lambda x: hasattr(x, "shape"))
-    return [s for i, s in enumerate(specs) if i in group]
+def _specs(c: DecoderConfig) -> list[Any]:
+    return jax.tree.leaves(parameter_specs(c), is_leaf=lambda x: hasattr(x, "shape"))
 
 
 def _states(params: Params, c: DecoderConfig, rows: Sequences, at: tuple[Array, Array]) -> Float[Array, "C D"]:
@@ -266,7 +295,7 @@ def _logit_gradients(
 
 
 def _features(
-    both: Both, student: Params, part: set[int] | None, directions: int | None, seed: int, batch: Batch, delta: Array,
+    both: Both, student: Params, part: set[int] | None, directions: int | None, key: Array, batch: Batch, delta: Array,
     hidden: Array,
 ) -> Iterator[tuple[int, Array]]:  # fmt: skip
     """(first column, [K, C, columns]) of the gradients of a batch."""
@@ -277,7 +306,7 @@ def _features(
     back = jnp.einsum("kcv,vd->kcd", delta, head(student)[: both.vocab_size])
     for start in range(0, directions, _BLOCK):
         numbers = jnp.arange(start, min(start + _BLOCK, directions))
-        found = _projected(both.student, student, batch.rows, batch.at, delta, back, hidden, seed, numbers)
+        found = _projected(both.student, student, batch.rows, batch.at, delta, back, hidden, key, numbers)
         yield start, found / math.sqrt(directions)
 
 
@@ -304,7 +333,7 @@ def _exact(
 @functools.partial(jax.jit, static_argnums=0)
 def _projected(
     c: DecoderConfig, params: Params, rows: Sequences, at: tuple[Array, Array], delta: Array, back: Array,
-    hidden: Array, seed: int, numbers: Array,
+    hidden: Array, key: Array, numbers: Array,
 ) -> Float[Array, "K C m"]:  # fmt: skip
     """⟨g, v⟩ = ⟨δ W, dh/dv⟩ + ⟨δ, V_W h⟩, W the head and V_W its part of v.
 
@@ -316,7 +345,7 @@ def _projected(
     leaves, tree = jax.tree.flatten(params)
 
     def project(number: Array) -> Array:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(leaves))
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
         v = tree.unflatten([random_signs(k, w) for k, w in zip(keys, leaves, strict=True)])
         of_head = jnp.einsum("kcv,cv->kc", delta, hidden @ head(v)[: delta.shape[-1]].T)
         return jnp.einsum("kcd,cd->kc", back, along(v)[0]) + of_head
