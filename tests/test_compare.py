@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -14,27 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from etils import epath
 from scipy import stats
 from tiny_runs import run_config
 
 from opd_jax import compare as package
-from opd_jax.compare import compare, compare_compiled
+from opd_jax.compare import compare, compare_compiled, compiled
 from opd_jax.compare import runs as compare_module
-from opd_jax.compare.result import efficient, paired, step_times, student_t
+from opd_jax.compare.result import YARDSTICK, _jointly, compare_runs, efficient, paired, step_times
 from opd_jax.compare.runs import _SameRollouts, run_all, runs_of
 from opd_jax.compare.section import compiled_section, section
 from opd_jax.compare.variants import EFFECTIVE, make_variants, shown
 from opd_jax.config import Config, Objective
 from opd_jax.errors import Failed, InputError, Interrupted
+from opd_jax.evaluation.scores import student_t
 from opd_jax.losses.reference import reference_loss
 from opd_jax.mesh import Layout, make_mesh
 from opd_jax.plan.collectives import count_collectives
-from opd_jax.tracking.run_dir import read_rows
+from opd_jax.tracking.run_dir import RunDir, read_rows
 from opd_jax.tracking.sections import body
+from opd_jax.training import loop
 from opd_jax.training.loop import train
+from opd_jax.training.throughput import loss_flops
 
 VARY = ["objective.name=full,topk"]
-STEPS, SEEDS = 3, 2
+DONE_BEFORE_REPORT: list[bool] = []
+STEPS, SEEDS = 2, 2
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +49,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(models: Path, **changes: Any) -> Config:
-    data = {"source": f"task:{tiny_runs.TASK}", "split": "test", "chat": False, "max_prompt": 8}
+    data = {"source": f"task:{tiny_runs.TASK}", "split": "test", "chat": False, "max_prompt": 8, "limit": 8}
     settings: dict[str, Any] = {
         "steps": STEPS,
         "objective": {"name": "full", "k": 1},
         "metrics_k": 4,
         "evaluation": {"data": data, "problems": 8, "batch": 8},
-        "checkpoint": {"every": 2},
+        "rollout": {"prompts": 4, "samples": 2, "max_response": 4},
+        "checkpoint": {"every": 1},
         "log_samples": 0,
     }
     return run_config(models, Path("given"), **settings | changes)
@@ -59,7 +66,13 @@ def config(models: Path, **changes: Any) -> Config:
 def made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Full KL and Eq. 5 at k = 1, two seeds: where it lies, and its result."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    return out, compare(config(models), VARY, SEEDS, out)
+
+    def report(run: RunDir, _: Any) -> None:  # half of a short run's seconds, and tested elsewhere
+        DONE_BEFORE_REPORT.append(run.summary.exists())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", report)
+        return out, compare(config(models), VARY, SEEDS, out)
 
 
 # variants
@@ -121,6 +134,11 @@ def test_values_and_names(models: Path) -> None:
         (["mesh.data=1,2"], r"may not differ.*These may: objective\.…"),
         (["student.path=a,b"], "may not differ"),
         (["run_dir=a,b"], "its own directory"),
+        (["optimizer.lr=.nan,1e-3"], "optimizer.lr: Input should be a finite number"),
+        (
+            ["optimizer={lr: 1e-3},{lr: 1e-4}", "optimizer.warmup=1,2"],
+            "--vary optimizer: optimizer.warmup, a part of it, has a list, too",
+        ),
     ],
 )
 def test_bad_lists(models: Path, vary: list[str], said: str) -> None:
@@ -189,8 +207,6 @@ def test_all_variants_of_a_seed_start_alike(made: tuple[Path, dict[str, Any]]) -
 
 
 def runs_place(out: Path, variant: str, seed: int) -> Any:
-    from etils import epath
-
     return epath.Path(out) / variant / f"seed-{seed}"
 
 
@@ -204,7 +220,7 @@ def test_one_yardstick(made: tuple[Path, dict[str, Any]]) -> None:
     full, top1 = result["variants"]
     assert all(run["gradient_norm"]["max"] > 0.01 for run in full["runs"])
     assert all(run["gradient_norm"]["max"] == 0 for run in top1["runs"])
-    assert any("Does not learn: topk." in sentence for sentence in section(result).lead)
+    assert "Does not learn: topk. The gradient is zero at every step (norm below 1e-06)." in section(result).lead
 
 
 def test_differences_against_scipy(made: tuple[Path, dict[str, Any]]) -> None:
@@ -226,7 +242,10 @@ def test_student_t_against_scipy() -> None:
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
     found = student_t(values.tolist())
     assert (found["low"], found["high"], found["error"]) == pytest.approx((low, high, stats.sem(values)))
-    assert student_t([2.0]) == {"mean": 2.0, "error": None, "low": None, "high": None}
+    low, high = stats.t.interval(1 - 0.05 / 3, 4, values.mean(), stats.sem(values))
+    assert tuple(student_t(values.tolist(), 3)[name] for name in ("low", "high")) == pytest.approx((low, high))
+    for known in ([2.0], [2.0] * 3, [0.0] * 3, [0.7 - 0.4, 0.6 - 0.3]):  # the last two differ by rounding
+        assert student_t(known) == {"mean": pytest.approx(known[0]), "error": None, "low": None, "high": None}
     assert paired([3.0, 5.0], [1.0, 2.0])["mean"] == 2.5
 
 
@@ -267,7 +286,7 @@ def killed(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     out = tmp_path / "copy"
     shutil.copytree(made[0], out)
     shutil.rmtree(out / "topk/seed-1")
-    shutil.rmtree(out / "full/seed-1/checkpoints/3")
+    shutil.rmtree(out / f"full/seed-1/checkpoints/{STEPS}")
     (out / "full/seed-1/summary.json").unlink()
     return out
 
@@ -296,7 +315,7 @@ def test_another_comparison_is_not_mixed_in(
 ) -> None:
     out, before = made[0], written(made[0])
     for changes, vary, said in (
-        ({"steps": 5}, VARY[0], "variants.full.steps: there 3, now 5"),
+        ({"steps": 5}, VARY[0], "variants.full.steps: there 2, now 5"),
         ({}, "objective.name=full,sampled", r"variants.topk.*there"),
     ):
         with pytest.raises(InputError, match=rf"(?s)holds another comparison.*{said}.*another --out"):
@@ -308,6 +327,7 @@ def test_another_comparison_is_not_mixed_in(
     assert written(out) == before
 
 
+@pytest.mark.exhaustive
 def test_what_changes_the_sampling_ends_the_comparison(
     made: tuple[Path, dict[str, Any]], models: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +377,8 @@ def test_a_stop_is_kept_between_runs(models: Path, monkeypatch: pytest.MonkeyPat
         return []
 
     monkeypatch.setattr(compare_module, "train", quick)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.comparison.json.tmp").write_text("{")  # as a kill leaves it
     runs = runs_of(make_variants(config(models), VARY)[0], 2, tmp_path / "out")
     assert [run.title for run in runs] == [f"{name}, seed {seed}" for seed in (0, 1) for name in ("full", "topk")]
     with pytest.raises(Interrupted, match="stopped after full, seed 0; give the same command"):
@@ -380,17 +402,64 @@ def test_what_cannot_be_compared_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file/out"
+    with pytest.raises(InputError, match=r"--out .*file/out: cannot be written \(Not a directory\)"):
+        compare(config(models), VARY, 1, out)
+
+
+def test_a_run_counts_as_done_when_its_report_is_written(made: tuple[Path, dict[str, Any]]) -> None:
+    assert made[1]["variants"]
+    assert DONE_BEFORE_REPORT == [False] * 2 * SEEDS
+
+
 # what is concluded
 
 
 def test_frontier_by_brute_force() -> None:
     rng = np.random.default_rng(1)
     points = {str(i): (float(c), float(s)) for i, (c, s) in enumerate(rng.integers(0, 6, (40, 2)))}
-    kept = efficient(points)
+    kept = efficient(points, dict.fromkeys(points, 0))
     for name, (cost, score) in points.items():
         beaten = any((c < cost and s >= score) or (c <= cost and s > score) for c, s in points.values())
         assert (name in kept) != beaten
     assert max(score for _, score in points.values()) in [points[name][1] for name in kept]
+
+
+def test_times_within_the_spread_of_seeds_are_alike() -> None:
+    points = {"a": (10.0, 0.5), "b": (10.5, 0.6), "c": (11.2, 0.6), "d": (5.0, 0.1), "e": (10.9, 0.6)}
+    assert efficient(points, {"a": 0.6, "b": 0.1, "c": 0.2, "d": 0.1, "e": 0.5}) == ["b", "d", "e"]
+    assert efficient(points, dict.fromkeys(points, 0.0)) == ["a", "b", "d"]
+
+
+def test_certain_is_what_is_so_for_all_variants_at_once(made: tuple[Path, dict[str, Any]]) -> None:
+    rng = np.random.default_rng(2)
+    before, last, other = rng.normal(size=(3, 4))
+    held, first = (
+        [{"student": [{"accuracy": a}, {"accuracy": b}]} for a, b in zip(before, values, strict=True)]
+        for values in (last, other)
+    )
+    found = _jointly(held, first, "accuracy", 5)
+    for name, against, level in (("learnt", before, 1 - 0.05 / 5), ("difference", other, 1 - 0.05 / 4)):
+        interval = stats.ttest_rel(last, against).confidence_interval(level)
+        assert (found[name]["low"], found[name]["high"]) == pytest.approx((interval.low, interval.high))
+    assert _jointly(first, first, "accuracy", 5)["difference"] is None
+
+    result = copy.deepcopy(made[1])
+    by, (full, top1) = result["by"], result["variants"]
+    top1["difference"][by] = top1["learnt"][by] = {"mean": 2.0, "error": 0.5, "low": 1.0, "high": 3.0}
+    wide = {"mean": 2.0, "error": 0.5, "low": -1.0, "high": 5.0}
+    top1["jointly"] = {"learnt": wide, "difference": wide}
+    top1["runs"][0]["gradient_norm"]["max"] = 1.0
+    same = full["jointly"]["learnt"] = {"mean": 0.1, "error": None, "low": None, "high": None}
+    lead = " ".join(section(result).lead)
+    assert "Certainly" not in lead
+    assert "Not certain to have learnt" in lead
+    assert {"full", "topk"} == set(lead.partition("before and after): ")[2].rstrip(".").split(", "))
+    top1["jointly"] = {"learnt": same, "difference": top1["difference"][by]}
+    word = "better" if YARDSTICK[by] > 0 else "worse"
+    assert f"Certainly {word} than full" in " ".join(section(result).lead)
 
 
 def test_times_leave_out_what_compiles() -> None:
@@ -408,15 +477,44 @@ def test_times_leave_out_what_compiles() -> None:
     assert step_times(rows[:1])["step"] is None
 
 
-def test_costs(made: tuple[Path, dict[str, Any]]) -> None:
-    """Bytes come from the compiler, FLOPs from the texts of each step."""
+def test_a_corpus_and_unknown_times(made: tuple[Path, dict[str, Any]], models: Path, tmp_path: Path) -> None:
+    """Nothing is sampled: no digests, no lengths; and of no step is the time known."""
+    shutil.copytree(made[0], tmp_path / "out")
+    for log in (tmp_path / "out").glob("*/*/metrics.jsonl"):
+        gone = ("rollouts", "response_length", "time/update")
+        rows = [{k: v for k, v in row.items() if k not in gone} for row in read_rows(epath.Path(log))]
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": f"task:{tiny_runs.TASK}", "chat": False, "max_prompt": 8, "response": "response"}
+    given = config(models, off_policy={"fraction": 1.0}, data=data)
+    runs = runs_of(make_variants(given, VARY)[0], SEEDS, tmp_path / "out")
+    result = compare_runs(runs, [], None, "8 × cpu", {"data": 8})
+    assert result["rollouts"] == 0
+    assert [row["efficient"]["seconds"] for row in result["variants"]] == [False, False]
+    found = section(result)
+    assert "bit by bit" not in " ".join(found.lead)
+    assert "bit by bit" in " ".join(section(made[1]).lead)
+    assert len(found.plots) == 3
+
+
+def test_costs(made: tuple[Path, dict[str, Any]], models: Path) -> None:
+    """Bytes come from the compiler, FLOPs from the texts of each step, without the metrics."""
     out, result = made
     full, top1 = result["variants"]
-    for row in (full, top1):
+    for row, variant in zip((full, top1), make_variants(config(models), VARY)[0], strict=True):
+        given = variant.config
         assert row["memory"]["update"]["total"] > row["memory"]["update"]["temp"] > 0
         assert row["memory"]["measured"] is None  # every step measures
         logged = [read_rows(runs_place(out, row["name"], seed) / "metrics.jsonl") for seed in range(SEEDS)]
-        assert row["cost"]["flops"] == pytest.approx(np.mean([sum(r["update_flops"] for r in rows) for rows in logged]))
+        tokens = [8 * r["response_length"] for rows in logged for r in rows]
+        with_, without = (
+            np.array([loss_flops(given, tiny_runs.STUDENT, tiny_runs.TEACHER, n, metrics=m) for n in tokens])
+            for m in (True, False)
+        )
+        of_metrics = with_ - without
+        all_of_it = np.mean([sum(r["update_flops"] for r in rows) for rows in logged])
+        assert row["cost"]["metrics_flops"] == pytest.approx(np.mean(of_metrics))
+        assert row["cost"]["flops"] == pytest.approx(all_of_it - STEPS * np.mean(of_metrics))
+    assert top1["cost"]["metrics_flops"] > full["cost"]["metrics_flops"] == 0
     assert top1["cost"]["flops"] < full["cost"]["flops"]
     assert top1["efficient"]["flops"]
 
@@ -442,6 +540,13 @@ def test_many_variants_are_told_apart() -> None:
 # compiled
 
 
+COMPILED = {
+    "update": {"total": 2**30, "temp": 2**20, "over": False, "collectives": {}, "cpu_seconds": 1.0},
+    "measured": None,
+}
+
+
+@pytest.mark.exhaustive
 def test_compiled_for_a_topology(models: Path, tmp_path: Path) -> None:
     """Bytes, FLOPs and transfers side by side, of the same programs as `opd plan`."""
     given = config(models, mesh={"data": 1, "fsdp": 4, "tensor": 2}, evaluation={})
@@ -455,6 +560,19 @@ def test_compiled_for_a_topology(models: Path, tmp_path: Path) -> None:
     assert found.tables[0].rows[0][0] == "full"
     assert all(len(row) == len(found.tables[0].columns) for row in found.tables[0].rows)
     assert (tmp_path / "out" / "compare-cpu-8.html").exists()
+
+
+def test_rows_and_flops_are_those_of_each_variants_update(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compiled_updates", lambda variants, *_: [copy.deepcopy(COMPILED) for _ in variants])
+    result = compare_compiled(config(models, mesh={"data": 2, "fsdp": 4}), ["updates=1,2"], "cpu-8")
+    one, two = compiled_section(result).tables[0].rows
+    assert (one[1], two[1]) == (8, 4)
+    assert one[2] == pytest.approx(2 * two[2])
+
+
+def test_only_distillation_is_compared_on_a_topology(models: Path) -> None:
+    with pytest.raises(InputError, match="kind=grpo; variants are measured against a teacher"):
+        compare_compiled(config(models, kind="grpo", reward={}, objective={"name": "sampled"}), VARY, "cpu-8")
 
 
 def test_transfers_of_a_loop_count_as_often_as_it_runs() -> None:
@@ -512,6 +630,34 @@ ENTRY %main (z: f32[4]) -> f32[] {
   ROOT %ar = f32[]{:T(128)} all-reduce(%g), to_apply=%sum
 }
 """
+
+
+CONDITIONAL = """HloModule jit_update
+%small (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %p = f32[4]{0} collective-permute(%a), source_target_pairs={{0,1}}
+}
+%large (b: f32[4]) -> f32[4] {
+  %b = f32[4]{0} parameter(0)
+  %g = f32[32]{0} all-gather(%b), dimensions={0}
+  ROOT %c = f32[4]{0} all-reduce(%b), to_apply=%sum
+}
+ENTRY %main (z: f32[4]) -> f32[4] {
+  %z = f32[4]{0} parameter(0)
+  %y = f32[4]{0} conditional(%i, %z, %z), BRANCHES
+  ROOT %ar = f32[4]{0} all-reduce(%y), to_apply=%sum
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%small, %large}", "true_computation=%large, false_computation=%small"]
+)
+def test_one_branch_of_a_condition_runs(branches: str) -> None:
+    assert count_collectives(CONDITIONAL.replace("BRANCHES", branches)) == {
+        "all-gather": {"count": 1, "bytes": 32 * 4},
+        "all-reduce": {"count": 2, "bytes": 2 * 4 * 4},
+    }
 
 
 def test_transfers_in_the_text_of_a_tpu_program() -> None:

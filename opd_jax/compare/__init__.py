@@ -35,8 +35,7 @@ def compare(
         Failed: the variants did not sample the same at step 1.
         Interrupted: ``stop`` was set; the same call goes on.
     """
-    if config.kind != "opd":
-        raise InputError(f"opd compare: kind={config.kind}; variants are measured against a teacher. Set kind=opd.")
+    _check_kind(config)
     if config.evaluation.data is None:
         raise InputError(
             "opd compare: no held-out prompts to compare on. Add evaluation.data={source: …} and, for curves, "
@@ -66,8 +65,9 @@ def compare_compiled(config: Config, vary: Sequence[str], topology: str, out: Pa
     """The updates of the variants compiled for a topology side by side; nothing is loaded or run.
 
     Raises:
-        InputError: what ``make_variants`` and ``opd plan`` refuse.
+        InputError: no teacher; what ``make_variants`` and ``opd plan`` refuse.
     """
+    _check_kind(config)
     variants, dropped = make_variants(config, vary)
     _announce([v.name for v in variants], dropped)
     result = compile_variants(variants, dropped, topology)
@@ -76,6 +76,11 @@ def compare_compiled(config: Config, vary: Sequence[str], topology: str, out: Pa
     if out:
         write_analysis(found, result, out)
     return result
+
+
+def _check_kind(config: Config) -> None:
+    if config.kind != "opd":
+        raise InputError(f"opd compare: kind={config.kind}; variants are measured against a teacher. Set kind=opd.")
 
 
 def _announce(names: Sequence[str], dropped: Sequence[Dropped]) -> None:

@@ -37,6 +37,7 @@ def compile_variants(variants: Sequence[Variant], dropped: Sequence[Dropped], to
         row |= {
             "name": variant.name,
             "settings": variant.settings,
+            "rows": variant.config.rows,
             "flops": longest_flops(variant.config, student, teacher),
         }
     return {
@@ -47,7 +48,6 @@ def compile_variants(variants: Sequence[Variant], dropped: Sequence[Dropped], to
         "mesh": dict(make_mesh(**base.mesh.model_dump(), devices=topology.devices).shape),
         "student": base.student.path,
         "teacher": base.teacher and base.teacher.path,
-        "rows": base.rows,
         "tokens": [base.data.max_prompt, base.rollout.max_response],
         "metrics_every": base.metrics_every,
         "metrics_k": base.overlap_k,
@@ -77,7 +77,7 @@ def compiled_updates(
 
 
 def longest_flops(config: Config, student: DecoderConfig, teacher: DecoderConfig | None) -> float:
-    """FLOPs of an update of texts that are as long as they may be, without metrics, on all chips together."""
+    """FLOPs of one update of texts that are as long as they may be, without metrics, on all chips together."""
     prompts, responses = (np.full(config.rows, n) for n in (config.data.max_prompt, config.rollout.max_response))
     return update_flops(config, student, teacher, prompts, responses, metrics=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -23,22 +22,26 @@ YARDSTICK = {
     "overlap_ratio": +1,
     "entropy_gap": -1,
 }
-COSTS = ("flops", "seconds")  # of all updates of a run
+COSTS = ("flops", "seconds")  # of all updates of a run, without metrics
 NOT_OF_A_STEP = ("evaluation", "checkpoint", "export")
 
 
-def paired(values: Sequence[float], first: Sequence[float]) -> Row:
+def paired(values: Sequence[float], first: Sequence[float], looks: int = 1) -> Row:
     """Mean of the differences of each seed with its interval, as ``student_t``."""
-    return student_t(np.subtract(values, first).tolist())
+    return student_t(np.subtract(values, first).tolist(), looks)
 
 
-def efficient(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Of {name: (cost, score)} those that no other beats: none is at least as cheap and as good, and better in one."""
-    return [
-        name
-        for name, (cost, score) in points.items()
-        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points.values())
-    ]
+def efficient(points: Mapping[str, tuple[float, float]], spread: Mapping[str, float]) -> list[str]:
+    """Of {name: (cost, score)} those that no other beats: none is at least as cheap and as good, and better in one.
+
+    Costs that differ by no more than the larger ``spread`` of the two count as equal.
+    """
+
+    def beats(a: str, b: str) -> bool:
+        (c, s), (cost, score), tie = points[a], points[b], max(spread[a], spread[b])
+        return c <= cost + tie and s >= score and (c < cost - tie or s > score)
+
+    return [name for name in points if not any(beats(other, name) for other in points)]
 
 
 def compare_runs(
@@ -54,11 +57,9 @@ def compare_runs(
         _of_variant(name, next(r for r in runs if r.variant.name == name), held[name], first, names)
         for name in variants
     ]
-    best = {
-        cost: efficient({r["name"]: (r["cost"][cost], YARDSTICK[by] * r["final"][by]["mean"]) for r in rows})
-        for cost in COSTS
-    }
+    best = {cost: _frontier(rows, held, cost, by) for cost in COSTS}
     for i, row in enumerate(rows):
+        row["jointly"] = _jointly(held[row["name"]], first, by, len(rows))
         row["memory"] = memory[i] if memory else None
         row["efficient"] = {cost: row["name"] in best[cost] for cost in COSTS}
 
@@ -71,7 +72,8 @@ def compare_runs(
         "student": config.student.path,
         "teacher": config.teacher and config.teacher.path,
         "steps": config.steps,
-        "rollouts": config.rollout.prompts * config.rollout.samples,
+        "rollouts": config.sampled_prompts * config.rollout.samples,
+        "metrics_every": config.metrics_every,
         "problems": first[0]["student"][0].get("problems"),
         "samples": first[0]["student"][0].get("samples"),
         "metrics_k": config.overlap_k,
@@ -81,7 +83,7 @@ def compare_runs(
         "by": by,
         "metrics": names,
         "order": [row["name"] for row in sorted(rows, key=rank)],
-        "before": {n: student_t([run["student"][0][n] for run in first]) for n in names},
+        "before": {n: student_t(_first(first, n)) for n in names},
         "of_teacher": {"accuracy": student_t([r["accuracy"] for r in teacher])} if "accuracy" in names else {},
         "variants": rows,
         "dropped": [dataclasses.asdict(d) for d in dropped],
@@ -108,6 +110,7 @@ def _of_run(run: Run) -> Row:
     evaluations, rows = read_rows(run.place.evaluations), read_rows(run.place.metrics)
     norms = [row["gradient_norm"] for row in rows if row.get("gradient_norm") is not None]
     times = step_times(rows)
+    of_metrics = [row["metrics_flops"] for row in rows if "metrics_flops" in row]
     return {
         "seed": run.seed,
         "path": str(run.place.root),
@@ -116,18 +119,42 @@ def _of_run(run: Run) -> Row:
         "rollouts": rows[0].get("rollouts"),
         "gradient_norm": {"mean": statistics.fmean(norms), "max": max(norms)} if norms else None,
         "times": times,
-        "response_tokens": sum(row["response_length"] for row in rows)
-        * run.config.rollout.prompts
-        * run.config.rollout.samples,
-        "flops": sum(row["update_flops"] for row in rows),
+        "flops": sum(row["update_flops"] for row in rows) - sum(of_metrics),
+        "metrics_flops": statistics.fmean(of_metrics) if of_metrics else None,
         "seconds": None if times.get("update") is None else times["update"] * len(rows),
     }
 
 
-def _of_variant(name: str, run: Run, held: list[Row], first: list[Row], names: Sequence[str]) -> Row:
-    def last(found: list[Row], metric: str) -> list[float]:
-        return [of_seed["student"][-1][metric] for of_seed in found]
+def _frontier(rows: Sequence[Row], held: Mapping[str, list[Row]], cost: str, by: str) -> list[str]:
+    """FLOPs are counted; seconds are measured, so that their range over seeds makes no difference."""
+    points = {r["name"]: (r["cost"][cost], YARDSTICK[by] * r["final"][by]["mean"]) for r in rows}
+    if any(x is None for x, _ in points.values()):
+        return []
+    spread = {
+        name: float(np.ptp([s["seconds"] for s in held[name] if s["seconds"] is not None])) if cost == "seconds" else 0
+        for name in points
+    }
+    return efficient(points, spread)
 
+
+def _last(found: list[Row], metric: str) -> list[float]:
+    return [of_seed["student"][-1][metric] for of_seed in found]
+
+
+def _first(found: list[Row], metric: str) -> list[float]:
+    return [of_seed["student"][0][metric] for of_seed in found]
+
+
+def _jointly(held: list[Row], first: list[Row], by: str, variants: int) -> Row:
+    """What is learnt and the difference to the first variant, with intervals that hold for all variants at once."""
+    last = _last(held, by)
+    return {
+        "learnt": paired(last, _first(held, by), variants),
+        "difference": None if held is first else paired(last, _last(first, by), variants - 1),
+    }
+
+
+def _of_variant(name: str, run: Run, held: list[Row], first: list[Row], names: Sequence[str]) -> Row:
     steps = [row["step"] for row in held[0]["student"]]
     curves = {
         metric: [
@@ -137,23 +164,20 @@ def _of_variant(name: str, run: Run, held: list[Row], first: list[Row], names: S
         for metric in names
     }
     timed = dict.fromkeys(key for of_seed in held for key in of_seed["times"])
-    seconds = [of_seed["seconds"] for of_seed in held if of_seed["seconds"] is not None]
     return {
         "name": name,
         "settings": run.variant.settings,
         "runs": [{key: of_seed[key] for key in ("seed", "path", "rollouts", "gradient_norm")} for of_seed in held],
-        "final": {metric: student_t(last(held, metric)) for metric in names},
-        "by_seed": {metric: last(held, metric) for metric in names},
-        "learnt": {
-            metric: paired(last(held, metric), [of_seed["student"][0][metric] for of_seed in held]) for metric in names
-        },
-        "difference": None if held is first else {m: paired(last(held, m), last(first, m)) for m in names},
+        "final": {metric: student_t(_last(held, metric)) for metric in names},
+        "by_seed": {metric: _last(held, metric) for metric in names},
+        "learnt": {metric: paired(_last(held, metric), _first(held, metric)) for metric in names},
+        "difference": None if held is first else {m: paired(_last(held, m), _last(first, m)) for m in names},
         "curves": curves,
         "times": {key: _mean([s["times"].get(key) for s in held]) for key in timed},
         "cost": {
             "flops": statistics.fmean(s["flops"] for s in held),
-            "seconds": statistics.fmean(seconds) if seconds else math.inf,
-            "response_tokens": statistics.fmean(s["response_tokens"] for s in held),
+            "seconds": _mean([s["seconds"] for s in held]),
+            "metrics_flops": _mean([s["metrics_flops"] for s in held]),
         },
     }  # fmt: skip
 

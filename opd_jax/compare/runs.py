@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Sequence
@@ -71,8 +72,11 @@ def run_all(runs: Sequence[Run], out: Path, stop: threading.Event | None = None)
     for run in begun:
         same.check(run, next((row for row in read_rows(run.place.metrics) if row["step"] == 1), None))
     existed = out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(epath.Path(out / RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(epath.Path(out / RECORD), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror}). Give a directory that can.") from e
     waiting = [run for run in runs if not run.done]
     steps = sum(run.config.steps for run in runs if run not in waiting)
     if len(waiting) < len(runs):
@@ -91,7 +95,8 @@ def run_all(runs: Sequence[Run], out: Path, stop: threading.Event | None = None)
                 if fresh and not any(r.begun for r in runs):  # refused before anything was made
                     (out / RECORD).unlink()
                     if not existed:
-                        out.rmdir()
+                        with contextlib.suppress(OSError):
+                            out.rmdir()
                 raise
             except Interrupted as e:
                 raise Interrupted(f"{run.title}: {str(e).partition(';')[0]}; give the same command to go on") from e
@@ -133,7 +138,7 @@ def _check_directory(out: Path, record: Row) -> bool:
     """Whether it is new. Refuses one with anything but this comparison."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file. Give a directory.")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(p.suffix == ".tmp" for p in out.iterdir()):  # as a kill while writing RECORD leaves it
         return True
     if not (out / RECORD).exists():
         raise InputError(f"{out}: not empty, and no comparison is there. Give another --out.")

@@ -41,7 +41,7 @@ def section(result: Row) -> Section:
     tables = [
         Table(title, *_main(result, rows)),
         Table(f"Difference to {result['variants'][0]['name']}, paired by seed, 95 %", *_differences(result, rows)),
-        Table("Cost: seconds of a step (medians), FLOPs of its update, bytes of a device", *_costs(result, rows)),
+        Table("Cost: seconds of a step (medians), FLOPs of its updates, bytes of a device", *_costs(result, rows)),
     ]
     drawn = [name for name in ("accuracy", "reverse_kl") if name in result["metrics"]]
     plots = [
@@ -54,7 +54,7 @@ def section(result: Row) -> Section:
     plots += [
         Plot(f"{axis_label(result['by'])} against {_COST[cost][0]}", functools.partial(_frontier, result, cost))
         for cost in COSTS
-        if all(row["cost"][cost] is not None and np.isfinite(row["cost"][cost]) for row in rows)
+        if all(row["cost"][cost] is not None for row in rows)
     ]
     return Section("compare", "Comparison of variants", _in_words(result, rows), tables, plots)
 
@@ -65,7 +65,9 @@ def compiled_section(result: Row) -> Section:
     rows = result["variants"]
     rarely = rows[0]["measured"] is not None
     columns = (
-        ["variant", "PFLOP", "peak GiB"] + ["with metrics"] * rarely + ["temp GiB", *_kinds(rows), "CPU s to compile"]
+        ["variant", "rows", "PFLOP", "peak GiB"]
+        + ["with metrics"] * rarely
+        + ["temp GiB", *_kinds(rows), "CPU s to compile"]
     )
     cells = []
     for row in rows:
@@ -74,17 +76,17 @@ def compiled_section(result: Row) -> Section:
         transfers = [_transfer(row["update"]["collectives"], kind) for kind in _kinds(rows)]
         seconds = sum(row[part]["cpu_seconds"] for part in ("update", "measured")[: 1 + rarely])
         bytes_ = [*(size / GIB for size in sizes), None if temp is None else temp / GIB]
-        cells.append([row["name"], row["flops"] / 1e15, *bytes_, *transfers, f"{seconds:.0f}"])
+        cells.append([row["name"], row["rows"], row["flops"] / 1e15, *bytes_, *transfers, f"{seconds:.0f}"])
     title = f"The update on {result['topology']}: {result['chips']} chips; {mesh}"
     prompt, response = result["tokens"]
     often = f"One step in {result['metrics_every']} also measures (with metrics)" if rarely else "Every step measures"
     lead = [
-        f"{result['student']} ← {result['teacher']}, {result['rows']} rows of {prompt:,} + {response:,} tokens. "
-        f"{often}.",
-        "FLOPs are those of texts of that length, on all chips. Bytes are those of one chip, from the compiler: peak "
-        "with all that stays there, temp the update's own.",
+        f"{result['student']} ← {result['teacher']}, rows of {prompt:,} + {response:,} tokens. {often}.",
+        "FLOPs are those of one update of rows of that length, on all chips. Bytes are those of one chip, from the "
+        "compiler: peak with all that stays there, temp the update's own.",
         "Transfers: how often, and what a chip gives or gets. What stands in a loop of known length, as over "
-        "layers, counts as often as it runs; in one that depends on the texts (passes, chunks of tokens), once.",
+        "layers, counts as often as it runs; in one that depends on the texts (passes, chunks of tokens), once. Of "
+        "the branches of a condition the one with most bytes counts.",
         *_not_fitting(rows, result["usable_bytes"]),
         *_left_out(result),
     ]
@@ -140,14 +142,15 @@ def _differences(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list
 
 
 def _costs(result: Row, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["variant", *_STAGES, "step", "tokens/s", "GFLOP", "peak MiB", "temp MiB", "frontier"]
+    columns = ["variant", *_STAGES, "step", "tokens/s", "GFLOP", "metrics GFLOP", "peak MiB", "temp MiB", "frontier"]
     cells = []
     for row in rows:
-        update = (row["memory"] or {}).get("update")
+        update, of_metrics = (row["memory"] or {}).get("update"), row["cost"]["metrics_flops"]
         cells.append([
             row["name"],
             *(row["times"].get(stage) for stage in (*_STAGES, "step", "tokens_per_second")),
             row["cost"]["flops"] / result["steps"] / 1e9,
+            None if of_metrics is None else of_metrics / 1e9,
             update and update["total"] / MIB,
             update and update["temp"] / MIB,
             ", ".join(_COST[cost][3] for cost in COSTS if row["efficient"][cost]) or None,
@@ -174,15 +177,23 @@ def _set_up(result: Row) -> list[str]:
     start = [f"{short_label(n)} {format_value(before[n]['mean'])}" for n in ("accuracy", "reverse_kl") if n in before]
     known = result["of_teacher"].get("accuracy")
     start += [f"the teacher's accuracy {format_value(known['mean'])}"] if known else []
-    chance = f"± is a standard error over seeds; intervals are Student's, of {seeds} seeds."
+    chance = (
+        f"± is a standard error over seeds; intervals are Student's, of {seeds} seeds; a value that all seeds share "
+        "has none. What is said to be certain is so for all variants at once (Bonferroni)."
+    )
+    alike = all(run["rollouts"] for row in result["variants"] for run in row["runs"])
     return [
         f"{result['student']} ← {result['teacher']} on {result['devices']} ({mesh}), {result['rollouts']} rollouts a "
         f"step. Before: {', '.join(start)}.",
         f"Held out: {result['problems']} prompts × {result['samples']}, fresh rollouts, the same random numbers for "
         f"all variants of a seed; overlap in lists of {k} for all. "
         + (chance if seeds > 1 else "One seed says nothing of chance: give --seeds 3."),
-        "All variants of a seed made the same rollouts at step 1, bit by bit. Frontier: no other variant is at least "
-        "as good and as cheap.",
+        "All variants of a seed made the same rollouts at step 1, bit by bit. "
+        * alike
+        + "Frontier: no other variant is at least as good and as cheap, by means over seeds; times that differ by less "
+        "than those of one variant do between seeds count as equal."
+        + " Every step measures: seconds and bytes are with metrics, GFLOP without."
+        * (result["metrics_every"] == 1),
     ]
 
 
@@ -190,15 +201,17 @@ def _learning(result: Row, rows: Sequence[Row]) -> list[str]:
     by, lead, first = result["by"], [], result["variants"][0]["name"]
     still = [r["name"] for r in rows if all(x["gradient_norm"] and x["gradient_norm"]["max"] < ZERO for x in r["runs"])]
     if still:
-        lead.append(
-            f"Does not learn: {', '.join(still)}. Its gradient is zero at every step (norm below {ZERO:.0e}); what "
-            "moves is weight decay."
-        )
-    unsure = [row["name"] for row in rows if row["name"] not in still and _around_zero(row["learnt"][by])]
+        lead.append(f"Does not learn: {', '.join(still)}. The gradient is zero at every step (norm below {ZERO:.0e}).")
+    unsure = [
+        row["name"]
+        for row in rows
+        if row["name"] not in still and not any(_clear(row["jointly"]["learnt"], way) for way in (1, -1))
+    ] * (len(result["seeds"]) > 1)
     if unsure:
         lead.append(f"Not certain to have learnt ({short_label(by)} before and after): {', '.join(unsure)}.")
     for word, way in (("better", 1), ("worse", -1)):
-        sure = [row["name"] for row in rows if row["difference"] and _clear(row["difference"][by], way * YARDSTICK[by])]
+        differences = {row["name"]: row["jointly"]["difference"] for row in rows}
+        sure = [name for name, held in differences.items() if held and _clear(held, way * YARDSTICK[by])]
         if sure:
             lead.append(f"Certainly {word} than {first} in {short_label(by)}: {', '.join(sure)}.")
     return lead
@@ -208,10 +221,6 @@ def _left_out(result: Row) -> list[str]:
     dropped = result["dropped"]
     told = [f"{shown(d['settings'])} ({d['why']})" for d in dropped]
     return [f"Left out: {'; '.join(told)}."] if told else []
-
-
-def _around_zero(held: Row) -> bool:
-    return held["low"] is not None and held["low"] <= 0 <= held["high"]
 
 
 def _clear(held: Row, way: int) -> bool:
@@ -242,12 +251,11 @@ def _curves(result: Row, name: str) -> Figure:
             rows = variants[variant]["curves"][name]
             steps, mean = ([row[key] for row in rows] for key in ("step", "mean"))
             ax.plot(steps, mean, linewidth=1.7, markersize=3.5, **style)
-            if rows[0]["low"] is not None:
-                low, high = ([row[key] for row in rows] for key in ("low", "high"))
-                bounds = (0, 1) if name in ("accuracy", "overlap_ratio") else (0, np.inf)
-                ax.fill_between(
-                    steps, np.clip(low, *bounds), np.clip(high, *bounds), color=style["color"], alpha=0.12, linewidth=0
-                )
+            low, high = (np.array([row[key] for row in rows], float) for key in ("low", "high"))  # None: nan, no band
+            bounds = (0, 1) if name in ("accuracy", "overlap_ratio") else (0, np.inf)
+            ax.fill_between(
+                steps, np.clip(low, *bounds), np.clip(high, *bounds), color=style["color"], alpha=0.12, linewidth=0
+            )
         if level:
             ax.axhline(level["mean"], color="#555555", linestyle="--", linewidth=1.1)
         handles = [
@@ -266,7 +274,7 @@ def _curves(result: Row, name: str) -> Figure:
 
 
 def _frontier(result: Row, cost: str) -> Figure:
-    """A filled mark where no other variant is as good and as cheap; those are joined."""
+    """A filled mark where no other variant is as good and as cheap, by the means; those are joined."""
     styles, by = _styles(result), result["by"]
     label, unit, name, _ = _COST[cost]
 
@@ -283,7 +291,7 @@ def _frontier(result: Row, cost: str) -> Figure:
             handles.append(Line2D([], [], linestyle="none", label=textwrap.fill(row["name"], 24), **kind))
             best += [(x, y["mean"])] * row["efficient"][cost]
         ax.plot(*zip(*sorted(best), strict=True), color="#999999", linewidth=1.0, linestyle=":", zorder=1)
-        _legend(ax, handles)
+        _legend(ax, handles, "filled: frontier, by the means")
         ax.set_xlabel(f"{label} ({name})")
         ax.set_ylabel(textwrap.fill(axis_label(by), 28))
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -294,6 +302,8 @@ def _frontier(result: Row, cost: str) -> Figure:
 _PANEL = (5.6, 2.9)  # inches: room for the names beside the axes
 
 
-def _legend(ax: Axes, handles: Sequence[Line2D]) -> None:
+def _legend(ax: Axes, handles: Sequence[Line2D], title: str | None = None) -> None:
     """Beside the axes, where no line can run through it."""
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=2.2, borderaxespad=0.2)
+    ax.legend(
+        handles=handles, title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=2.2, borderaxespad=0.2
+    )

@@ -60,8 +60,8 @@ def make_variants(base: Config, vary: Sequence[str]) -> tuple[list[Variant], lis
     configuration refuses is dropped, too, if each of its values stands in another that is accepted.
 
     Raises:
-        InputError: no list, a key that is unknown, stands twice, may not vary or has a single value, a value that no
-            combination accepts, or fewer than two variants.
+        InputError: no list, a key that is unknown, stands twice or in another, may not vary or has a single value, a
+            value that no combination accepts, or fewer than two variants.
     """
     lists = dict(_parsed(item) for item in vary)
     if len(lists) < len(vary) or not lists:
@@ -71,6 +71,9 @@ def make_variants(base: Config, vary: Sequence[str]) -> tuple[list[Variant], lis
             if twice
             else "--vary: give what is to be compared, as --vary objective.name=full,topk"
         )
+    for inner, outer in itertools.permutations(lists, 2):
+        if inner.startswith(f"{outer}."):
+            raise InputError(f"--vary {outer}: {inner}, a part of it, has a list, too. Vary one of them.")
     base = base.model_copy(update={"metrics_k": base.overlap_k})
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     _check_values(base, lists, combinations)
@@ -134,8 +137,8 @@ def _check_values(base: Config, lists: Mapping[str, list[Any]], combinations: li
             refused.append((settings, e))
     for key, values in lists.items():
         for value in values:
-            if not any(settings[key] == value for settings in accepted):
-                raise next(e for settings, e in refused if settings[key] == value)
+            if not any(settings[key] is value for settings in accepted):  # not ==: nan is no equal of itself
+                raise next(e for settings, e in refused if settings[key] is value)
 
 
 def _has_effect(base: Config, settings: Settings, key: str) -> bool:

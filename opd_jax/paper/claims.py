@@ -50,8 +50,12 @@ class Check:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval (``student_t``) over seeds; nan bounds for a single seed."""
-    mean, low, high = (math.nan if (x := student_t(values)[name]) is None else x for name in ("mean", "low", "high"))
+    """Mean and 95 % interval (``student_t``) over seeds; nan bounds for a single seed.
+
+    Where all seeds agree, as where a gradient is zero, the interval is the mean: an effect of exactly 0 is alike.
+    """
+    unknown = math.nan if len(values) < 2 else float(np.mean(values))
+    mean, low, high = (unknown if (x := student_t(values)[name]) is None else x for name in ("mean", "low", "high"))
     return mean, low, high
 
 

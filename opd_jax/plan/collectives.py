@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -32,17 +33,16 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
     """Transfers of a compiled program by kind: how often, and bytes of a chip.
 
     Bytes are the larger of what a chip gives and what it gets. What stands in a loop of known length, as over layers,
-    counts as often as it runs; in one whose length depends on the data (passes of rows, chunks of tokens), once.
+    counts as often as it runs; in one whose length depends on the data (passes of rows, chunks of tokens), once. Of
+    the branches of a condition the one with most bytes counts.
     """
     computations, entry = _computations(text)
     types = {name: o.result for operations in computations.values() for name, o in operations.items()}
     found: dict[str, dict[str, int]] = {}
-    for operation, times in _executed(computations, entry, 1):
-        kind = operation.kind.removesuffix("-start")
-        if kind in KINDS:
-            row = found.setdefault(kind, {"count": 0, "bytes": 0})
-            row["count"] += times
-            row["bytes"] += times * _bytes(operation, types)
+    for kind, times, size in _transfers(computations, types, entry, 1):
+        row = found.setdefault(kind, {"count": 0, "bytes": 0})
+        row["count"] += times
+        row["bytes"] += times * size
     return found
 
 
@@ -58,19 +58,22 @@ def _computations(text: str) -> tuple[dict[str, dict[str, _Operation]], str]:
     return found, entry
 
 
-def _executed(
-    computations: dict[str, dict[str, _Operation]], name: str, times: int
-) -> Iterator[tuple[_Operation, int]]:
-    """Every operation that runs, with how often."""
+def _transfers(
+    computations: dict[str, dict[str, _Operation]], types: Mapping[str, str], name: str, times: int
+) -> Iterator[tuple[str, int, int]]:
+    """Kind of every transfer that runs, how often, and its bytes."""
     for operation in computations.get(name, {}).values():
-        yield operation, times
+        if (kind := operation.kind.removesuffix("-start")) in KINDS:
+            yield kind, times, _bytes(operation, types)
         if operation.kind.endswith(("-update", "-done")) or operation.kind in ("reduce", "all-reduce", "scatter"):
             continue  # the first two name again what their start runs; the others' computation is of two numbers
         trips = _trips(operation, computations) if operation.kind == "while" else 1
         branches = _BRANCHES.search(operation.rest)
         called = _CALLED.findall(operation.rest) + (_NAME.findall(branches[1]) if branches else [])
-        for inner in called:
-            yield from _executed(computations, inner, times * trips)
+        inner = [list(_transfers(computations, types, name, times * trips)) for name in called]
+        if operation.kind == "conditional" and inner:
+            inner = [max(inner, key=lambda branch: sum(n * size for _, n, size in branch))]
+        yield from itertools.chain.from_iterable(inner)
 
 
 def _trips(loop: _Operation, computations: dict[str, dict[str, _Operation]]) -> int:

@@ -22,7 +22,7 @@ from opd_jax.tracking.sections import Sections, body, stored
 
 _NOT_METRICS = {"step", "problems", "samples"}
 _STAGES = ("data", "reshard", "rollout", "pack", "score", "update", "evaluation", "checkpoint")
-_OF_STAGES = ("time/", "tokens_per_second/", "update_flops")  # in their own table
+_OF_STAGES = ("time/", "tokens_per_second/", "update_flops", "metrics_flops")  # in their own table
 _HEADLINES = ("accuracy", "reverse_kl", "overlap_ratio", "entropy_gap")
 
 

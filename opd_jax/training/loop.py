@@ -132,8 +132,8 @@ def train(
         evaluator.close()
     if jax.process_index() == 0:
         with refused_writes(run.root):
-            write_summary(run, config.steps, between.row())
             write_report(run, run.report)
+            write_summary(run, config.steps, between.row())  # last of all: with it a run counts as done
     return read_rows(run.evaluations)
 
 

@@ -189,7 +189,8 @@ def _rates(setup: Setup, clock: Clock, prompts: np.ndarray, responses: np.ndarra
     teacher = setup.teacher.config if setup.teacher else None
     flops = update_flops(setup.config, setup.student, teacher, prompts, responses, metrics=measure)
     rates = throughput(prompts, responses, clock.seconds, flops, list(setup.layout.mesh.devices.flat))
-    return {"update_flops": flops} | rates
+    plain = update_flops(setup.config, setup.student, teacher, prompts, responses, metrics=False)
+    return {"update_flops": flops} | ({"metrics_flops": flops - plain} if measure else {}) | rates
 
 
 def _common(setup: Setup, state: TrainState) -> Row:
