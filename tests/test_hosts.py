@@ -147,7 +147,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 def rows(run: Path, log: str) -> list[dict[str, Any]]:
     """A log without what a clock writes and what depends on how the mesh cuts the rows."""
     parsed = [json.loads(line) for line in (run / f"{log}.jsonl").read_text().splitlines()]
-    other = ("time/", "tokens_per_second", "padding")
+    other = ("time/", "tokens_per_second", "padding", "rollouts")
     return [{k: v for k, v in row.items() if not k.startswith(other)} for row in parsed]
 
 

@@ -48,7 +48,7 @@ def test_a_claim_fails_with_one_check_and_holds_with_all() -> None:
     assert verdict([good, open_, bad]) == FAILS
 
 
-def run(first: float, last: float, teacher: float = 0.95, **curves: tuple[float, float]) -> Row:
+def run(first: float, last: float, teacher: float = 0.95, **curves: tuple[float, ...]) -> Row:
     of = {
         "accuracy": (first, last), "overlap_ratio": (0.5, 0.6), "entropy_gap": (0.3, 0.1), "student_entropy": (1, 1),
         "overlap_advantage": (-0.2, -0.01), "overlap_mass_student": (0.9, 0.99),
