@@ -113,7 +113,7 @@ def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
     assert {len(row["response"].split()) + 1 for row in main} == {d.response}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_smoke_runs_every_experiment(tmp_path: Path) -> None:
     command = ["paper", "--preset", "smoke", "--seeds", "1"]
     command += ["--out", str(tmp_path / "paper"), "--json", str(tmp_path / "paper.json")]
