@@ -16,7 +16,7 @@ test: .venv/installed-dev
 oracle: .venv/installed-torch
 	$(BIN)/pytest -n auto --dist loadfile --durations 20 -m "(torch or smollm2 or exhaustive) and not long"
 
-# What CI has no time for, about half an hour.
+# What CI has no time for, about three quarters of an hour.
 long: .venv/installed-dev
 	$(BIN)/pytest -n auto --dist worksteal -m long
 

@@ -268,7 +268,7 @@ def test_sampled_is_unbiased_by_enumeration() -> None:
             assert abs(np.mean(draws) - variance) < 4 * np.std(draws) / np.sqrt(40)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_projections_of_a_model_of_a_million_weights() -> None:
     c, p = tiny(64, 0, width=128, hidden=512, layers=4, heads=4, kv_heads=4, head_dim=32)
     d, q = tiny(64, 1, width=32, layers=1)

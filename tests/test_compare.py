@@ -298,7 +298,7 @@ def test_after_a_kill_only_the_rest_is_run(killed: Path, models: Path, monkeypat
     assert seen == [("full, seed 1", True), ("topk, seed 1", False)]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_kill_in_the_middle_changes_no_number(
     killed: Path, made: tuple[Path, dict[str, Any]], models: Path, trained: list[Any]
 ) -> None:

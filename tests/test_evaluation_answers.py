@@ -362,7 +362,7 @@ def test_gold_answers_of_the_benchmarks_verify_against_themselves(pool, monkeypa
     assert unverified(pool, monkeypatch, few) == []
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the math problem files are not here")
 def test_all_gold_answers_verify_against_themselves(monkeypatch):
     golds = [gold for path in sorted(SHARED.glob("*.jsonl")) for gold in gold_answers(path.stem)]

@@ -217,16 +217,9 @@ def one_evaluated(root: Path) -> Path:
     return root / "one_evaluated"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("processes", "sizes"),
-    [
-        pytest.param(2, (2, 2, 2), marks=pytest.mark.exhaustive),
-        *(
-            pytest.param(*case, marks=pytest.mark.long)
-            for case in ((2, (8, 1, 1)), (2, (1, 8, 1)), (4, (2, 1, 4)), (2, (1, 1, 8)))
-        ),
-    ],
-    ids=str,
+    ("processes", "sizes"), [(2, (2, 2, 2)), (2, (8, 1, 1)), (2, (1, 8, 1)), (4, (2, 1, 4)), (2, (1, 1, 8))], ids=str
 )
 def test_evaluations_and_other_meshes(
     root: Path, one_evaluated: Path, processes: int, sizes: tuple[int, int, int]
