@@ -398,14 +398,12 @@ def paper(
     Models are made from nothing, on self-made problems. What is done is kept: the same command goes on.
     """
     check_writable("--json", json_path)
-    check_out_directory(out)
-    from opd_jax.paper.suite import run_suite
+    from opd_jax.paper.suite import run_experiments, tell
 
-    wanted = only.split(",") if only else []
-    where = results or out / "results"
-    workers = workers or os.cpu_count() or 1
-    result = run_suite(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, _stop_on_signals())
-    write_json(json_path, result)
+    where, wanted = results or out / "results", only.split(",") if only else []
+    workers, stop = workers or os.cpu_count() or 1, _stop_on_signals()
+    rows = run_experiments(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, stop)
+    write_json(json_path, tell(rows, where))
 
 
 app.command()(diagnose)

@@ -15,7 +15,7 @@ from test_paper_claims import BORNE_OUT, seeds
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.paper import suite
 from opd_jax.paper.presets import DOMAINS, PRESETS
-from opd_jax.paper.suite import PLAN, run_experiments, run_suite
+from opd_jax.paper.suite import PLAN, run_experiments, tell
 from opd_jax.paper.worker import result_path, settings
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     for domain, experiments in PLAN.items():
         for experiment in experiments:
             store(results, domain, experiment)
-    found = run_suite("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
+    found = tell(run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1), results)
     assert len(found["claims"]) == 14
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
@@ -61,7 +61,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
 @pytest.mark.usefixtures("no_workers")
 def test_only_some_experiments(tmp_path: Path) -> None:
     store(tmp_path / "r", "folds", "6.3")
-    found = run_suite("smoke", [1, 2, 3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
+    found = tell(run_experiments("smoke", [1, 2, 3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1), tmp_path / "r")
     assert [claim["experiment"] for claim in found["claims"]] == ["6.3"]
 
 
@@ -76,6 +76,9 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no result"):
         run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
     assert not (tmp_path / "o").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--out .*file/o: cannot be made"):
+        run_experiments("smoke", [1], ["3.1"], tmp_path / "file" / "o", tmp_path / "r", 1)
 
 
 def test_a_signal_stops_the_workers_and_the_command_goes_on_later(

@@ -71,7 +71,7 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         "# The paper in miniature",
         "",
         f"Written by `{command}` from the results in `{figures.name}/`; nothing here is typed by hand. "
-        "What the experiments are, what a verdict means and what did not come out: [miniature.md](miniature.md).",
+        "What the experiments are and what a verdict means: docs/miniature.md of opd_jax.",
         "",
         _markdown(HEADS, table_rows(judged)),
         "",

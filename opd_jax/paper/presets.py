@@ -51,7 +51,7 @@ class Domain:
     main: Row  # prompts that teachers are made on and students learn from
     held_out: Row
     exact: Row  # texts of somebody who knows the facts and thinks like the student
-    other: Row  # … and thinks otherwise
+    other: Row  # … and thinks otherwise (products have no second way: the same)
     short: Row  # prompts of another length
     bare: Row  # the main prompts without the template
 

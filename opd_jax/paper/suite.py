@@ -31,29 +31,17 @@ PLAN: Mapping[str, Sequence[str]] = {
 }
 
 
-def run_suite(
-    preset: str,
-    seeds: Sequence[int],
-    only: Sequence[str],
-    out: Path,
-    results: Path,
-    workers: int,
-    stop: threading.Event | None = None,
-) -> Row:
-    """Runs what is not done yet, shows the claims, and writes the page ``results``.md with figures in ``results``.
-
-    Raises: as ``run_experiments``.
-    """
-    rows = run_experiments(preset, seeds, only, out, results, workers, stop)
+def tell(rows: Sequence[Row], results: Path) -> Row:
+    """Shows what the rows say of the claims, and writes the page ``results``.md with figures in ``results``."""
     found = judged(rows)
     console.table("claims of the paper, in miniature", HEADS, table_rows(found))
     page = results.with_name(f"{results.name}.md")
-    options = f" --only {','.join(only)}" if only else ""
-    write_page(rows, found, page, results, f"opd paper --preset {preset} --seeds {len(seeds)}{options}")
+    preset, seeds = rows[0]["settings"]["preset"], sorted({row["seed"] for row in rows})
+    write_page(rows, found, page, results, f"opd paper --preset {preset} --first-seed {seeds[0]} --seeds {len(seeds)}")
     console.print(f"every effect with its interval: {page}")
     return {
         "preset": preset,
-        "seeds": list(seeds),
+        "seeds": seeds,
         "claims": [
             {"claim": claim.number, "experiment": claim.experiment, "domain": domain, "verdict": verdict(checks)}
             | {"checks": [dataclasses.asdict(check) | {"verdict": check.verdict} for check in checks]}
@@ -79,7 +67,7 @@ def run_experiments(
         results: directory of the result files.
 
     Raises:
-        InputError: unknown experiment; results of other settings.
+        InputError: unknown experiment; results of other settings; a directory that cannot be made.
         Failed: an experiment failed; the others were finished.
         Interrupted: ``stop`` was set; what is done stays done.
     """
@@ -99,8 +87,11 @@ def run_experiments(
         if _stored(results, domain, experiment, seed, preset) is None:
             jobs.setdefault((domain, seed), []).append(experiment)
     if jobs:
-        for place in (out, results):
-            place.mkdir(parents=True, exist_ok=True)
+        for option, place in (("--out", out), ("--results", results)):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise InputError(f"{option} {place}: cannot be made ({e.strerror}). Give another directory.") from e
         _run_all(jobs, preset, out, results, workers, len(wanted), stop)
     return [row for each in wanted if (row := _stored(results, *each, preset)) is not None]
 
@@ -133,25 +124,27 @@ def _run_all(
     waiting, running, failed = list(jobs.items()), {}, []
     left = [result_path(results, domain, name, seed) for (domain, seed), names in jobs.items() for name in names]
     done = total - len(left)
-    with console.progress(total, "paper", start=done, unit="experiment", show=()) as bar:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                (domain, seed), names = waiting.pop(0)
-                given = {"preset": preset, "domain": domain, "seed": seed, "experiments": names}
-                running[(domain, seed)] = _start(given, out, results, workers)
-            time.sleep(0.5)
-            for key, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[key]
-                    if process.returncode:
-                        failed.append(_log(out, *key))
-            if (now := total - sum(not path.exists() for path in left)) > done:
-                done = now
-                bar.update(done)
-            if stop is not None and stop.is_set():
-                for process in running.values():
-                    process.terminate()
-                raise Interrupted(f"stopped after {done} of {total} experiments; the same command goes on")
+    try:
+        with console.progress(total, "paper", start=done, unit="experiment", show=()) as bar:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    (domain, seed), names = waiting.pop(0)
+                    given = {"preset": preset, "domain": domain, "seed": seed, "experiments": names}
+                    running[(domain, seed)] = _start(given, out, results, workers)
+                time.sleep(0.5)
+                for key, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[key]
+                        if process.returncode:
+                            failed.append(_log(out, *key))
+                if (now := total - sum(not path.exists() for path in left)) > done:
+                    done = now
+                    bar.update(done)
+                if stop is not None and stop.is_set():
+                    raise Interrupted(f"stopped after {done} of {total} experiments; the same command goes on")
+    finally:
+        for process in running.values():
+            process.terminate()
     if failed:
         tails = "\n".join(f"{log}: {_last_line(log)}" for log in failed)
         raise Failed(
