@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from opd_jax import __version__
-from opd_jax.analysis_commands import MAX_SEED, analyze_app, diagnose, known_sections
-from opd_jax.data_commands import data_app
-from opd_jax.result_files import JsonPath, check_out_directory, check_writable, write_json
+from opd_jax.commands.analysis import analyze_app, diagnose, known_sections
+from opd_jax.commands.comparison import compare, compare_results, paper
+from opd_jax.commands.data import data_app
+from opd_jax.commands.shared import (
+    MAX_SEED,
+    JsonPath,
+    Overrides,
+    check_out_directory,
+    check_writable,
+    compile_only,
+    stop_on_signals,
+    write_json,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,10 +34,6 @@ app = typer.Typer(
 )
 
 CTRL_C = 130  # what typer makes of KeyboardInterrupt
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings that override the file, as optimizer.lr=1e-5 rollout.samples=2")
-]
 
 
 def _version(wanted: bool) -> None:
@@ -61,7 +65,7 @@ def demo(
     from opd_jax.demo import default_directory, run_demo
 
     check_writable("--json", json_path)
-    write_json(json_path, run_demo(out or default_directory(resume), seed, resume, _stop_on_signals()))
+    write_json(json_path, run_demo(out or default_directory(resume), seed, resume, stop_on_signals()))
 
 
 @app.command()
@@ -96,7 +100,7 @@ def train(
         resume = hosts.agree((store_path(settings.run_dir) / "config.yaml").exists())
     from opd_jax.training.loop import train as run  # seconds, which a mistake in the configuration need not wait
 
-    rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=_stop_on_signals())
+    rows = run(settings, resume=resume, title=Path(settings.run_dir).name, stop=stop_on_signals())
     write_json(json_path, {"run_dir": settings.run_dir, "evaluations": rows})
 
 
@@ -158,63 +162,9 @@ def evaluate(
         fallback_number=last_number,
         out=out,
         resume=resume,
-        stop=_stop_on_signals() if out else None,
+        stop=stop_on_signals() if out else None,
     )
     write_json(json_path, result)
-
-
-@app.command()
-def compare(
-    config: Annotated[Path, typer.Argument(help="YAML file, see configs/compare_losses.yaml")],
-    overrides: Overrides = None,
-    vary: Annotated[
-        list[str] | None, typer.Option(help="KEY=A,B,… as objective.name=full,topk; of several all combinations")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each variant; differences are paired by seed")] = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="directory of the runs, tables and plots; default: run_dir of the file")
-    ] = None,
-    topology: Annotated[
-        str | None, typer.Option(help="train nothing: compile the variants for v5e-64, cpu-8, …, as opd plan does")
-    ] = None,
-    json_path: JsonPath = None,
-) -> None:
-    """Trains variants of one run, as losses, side by side: the same start, prompts and random numbers, several seeds.
-
-    One yardstick for all on held-out prompts, paired differences with intervals over seeds, what a step costs. The
-    first rollouts of all variants of a seed are checked to be the same bits. After Ctrl-C, SIGTERM (exit code 3) or a
-    kill the same command goes on; nothing that is done is repeated. For finished evaluations see compare-results.
-    """
-    from opd_jax.config_files import load_config
-
-    check_writable("--json", json_path)
-    settings = load_config(config, overrides or [])
-    if topology is not None:
-        check_out_directory(out)
-        _compile_only(topology)
-        from opd_jax.compare import compare_compiled
-
-        write_json(json_path, compare_compiled(settings, vary or [], topology, out))
-        return
-    from opd_jax.compare import compare as run
-
-    write_json(json_path, run(settings, vary or [], seeds, out, _stop_on_signals()))
-
-
-@app.command("compare-results")
-def compare_results(
-    results: Annotated[list[Path], typer.Argument(help="result.json of two or more `opd eval`, or their directories")],
-    teacher: Annotated[
-        Path | None, typer.Option(help="its result: then the first is before, the others after; gap recovery rates")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="directory for comparison.json, .md and .png")] = None,
-    json_path: JsonPath = None,
-) -> None:
-    """Differences between evaluations on the same problems, with paired intervals over problems."""
-    from opd_jax.evaluation.comparison import compare
-
-    check_writable("--json", json_path)
-    write_json(json_path, compare(results, teacher, out))
 
 
 @app.command()
@@ -260,7 +210,7 @@ def generate(
         seed=seed,
         dtype=dtype,
         resume=resume,
-        stop=_stop_on_signals(),
+        stop=stop_on_signals(),
     )
     write_json(json_path, result)
 
@@ -280,7 +230,7 @@ def recipe(
     check_writable("--json", json_path)
     from opd_jax.recipe import load_recipe, run_recipe
 
-    result = run_recipe(load_recipe(path), resume=resume, stop=_stop_on_signals())
+    result = run_recipe(load_recipe(path), resume=resume, stop=stop_on_signals())
     write_json(json_path, {"stages": result})
 
 
@@ -350,7 +300,7 @@ def plan(
 
     check_writable("--json", json_path)
     settings = load_config(config, overrides or [])
-    _compile_only(topology)
+    compile_only(topology)
     from opd_jax.plan import LONG, plan_run
 
     result = plan_run(settings, topology, mean_response=mean_response, caches=cache or LONG, search=search)
@@ -375,38 +325,10 @@ def report(
     console.print(str(target))
 
 
-@app.command()
-def paper(
-    preset: Annotated[
-        Literal["smoke", "mini", "full"],
-        typer.Option(help="smoke: does all code run; mini: hours of a laptop; full: larger models, for more cores"),
-    ] = "mini",
-    seeds: Annotated[int, typer.Option(min=1, help="how many")] = 5,
-    first_seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="the others follow it")] = 1,
-    only: Annotated[
-        str | None, typer.Option(help="experiments by the paper's section, as 4.2,6.3; default: all")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="directory of the models and runs")] = Path("runs/paper"),
-    results: Annotated[
-        Path | None, typer.Option(help="directory of results and figures, beside it the page; default: OUT/results")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="seeds side by side; default: one a core")] = None,
-    json_path: JsonPath = None,
-) -> None:
-    """The paper's experiments in miniature, with seeds and intervals, and which of its claims they bear out.
-
-    Models are made from nothing, on self-made problems. What is done is kept: the same command goes on.
-    """
-    check_writable("--json", json_path)
-    from opd_jax.paper.suite import run_experiments, tell
-
-    where, wanted = results or out / "results", only.split(",") if only else []
-    workers, stop = workers or os.cpu_count() or 1, _stop_on_signals()
-    rows = run_experiments(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, stop)
-    write_json(json_path, tell(rows, where))
-
-
 app.command()(diagnose)
+app.command()(compare)
+app.command("compare-results")(compare_results)
+app.command()(paper)
 
 
 def main() -> None:
@@ -422,7 +344,7 @@ def main() -> None:
     ours.handlers, ours.propagate = [_Warnings()], False  # grain prints what reaches the root logger
     _use_compilation_cache()
     try:
-        if app(standalone_mode=False) == CTRL_C:
+        if app(prog_name="opd", standalone_mode=False) == CTRL_C:
             _fail("interrupted", 3)
     except InputError as e:
         _fail(str(e), 2)
@@ -457,34 +379,3 @@ def _use_compilation_cache() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "opd-jax" / "jax"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-
-def _compile_only(topology: str) -> None:
-    """Keeps JAX off this machine's accelerator, and the TPU compiler from looking for one and telling of it."""
-    # by environment, before JAX is imported
-    if topology == "cuda":
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": topology,
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
-def _stop_on_signals() -> threading.Event:
-    """SIGTERM, and the first Ctrl-C, ask the run to save and stop; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return stop

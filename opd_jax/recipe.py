@@ -15,9 +15,9 @@ from etils import epath
 from pydantic import Field, model_validator
 
 from opd_jax.checkpoints.export import export_run
+from opd_jax.commands.data import filter_file
 from opd_jax.config import Config, Data, Fraction, NonNegativeInt, PositiveInt, Strict
 from opd_jax.config_files import dump_config, load_yaml
-from opd_jax.data_commands import filter_file
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.generate import check_settings, fingerprint, generate_file, given_settings
 from opd_jax.sampling.law import Law

@@ -26,7 +26,7 @@ from opd_jax.analysis.pair import (
     token_mean,
     token_values,
 )
-from opd_jax.analysis_commands import _models_and_data
+from opd_jax.commands.analysis import _models_and_data
 from opd_jax.config_files import parse_data
 from opd_jax.errors import InputError
 from opd_jax.evaluation.answers import AnswerPool

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": SCORING | EDGE | {"teacher", "objectives", "evaluation"},
 }
 # these may import everything, and only they are imported by each other
-TOP = {"cli", "analysis_commands", "compare", "data_commands", "demo", "paper", "plan", "recipe", "result_files"}
+TOP = {"cli", "commands", "compare", "demo", "paper", "plan", "recipe"}
 for top in TOP:
     MAY_IMPORT[top] = set(MAY_IMPORT) | TOP
 MAY_IMPORT["__init__"] = set()  # `import opd_jax` stays light

@@ -236,7 +236,7 @@ def test_auto_resume(started: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "run" / "config.yaml").write_text("")
     seen: dict[str, Any] = {}
     monkeypatch.setattr(loop, "train", lambda settings, **options: seen.update(options) or [])
-    monkeypatch.setattr(cli, "_stop_on_signals", lambda: None)
+    monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
     result = CliRunner().invoke(cli.app, ["train", str(config), "--auto-resume"])
     assert result.exit_code == 0, result.output
     assert seen["resume"] is started

@@ -199,7 +199,8 @@ class Lab:
             if teacher:
                 config["teacher"] = {"path": str(teacher.path)}
             began = time.process_time()
-            rows = train(parse_config(config), resume=(run_dir / "config.yaml").exists(), title=f"{name} {self.seed}")
+            resume = (run_dir / "config.yaml").exists()
+            rows = train(parse_config(config), resume=resume, title=f"{name} {self.seed}", report=False)
             if not (place / "model").exists():
                 export_run(str(run_dir), str(place / "model"))
             shutil.rmtree(run_dir / "checkpoints")

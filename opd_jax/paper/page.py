@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from opd_jax.paper.claims import CLAIMS, Check, Claim, interval, verdict
 from opd_jax.tracking.plots import PALETTE, save, small_multiples
@@ -99,6 +100,7 @@ def curves(rows: Sequence[Row]) -> Figure:
     """Mean and 95 % interval over seeds of each run: held-out accuracy, overlap and entropy gap, and gradient norm."""
     names = list(rows[0]["runs"])
     colours = dict(zip(names, PALETTE * 2, strict=False))
+    lines: dict[str, Line2D] = {}
 
     def draw(ax: Axes, metric: str) -> None:
         for i, name in enumerate(names):
@@ -109,13 +111,15 @@ def curves(rows: Sequence[Row]) -> Figure:
             x = np.array(runs[0]["step"]) if where == "evaluations" else np.linspace(0, last, table.shape[1])
             middle, low, high = (np.array(column) for column in zip(*map(interval, table.T), strict=True))
             style = "-" if i < len(PALETTE) else "--"
-            ax.plot(x, middle, style, color=colours[name], linewidth=1.6, label=name if metric == "accuracy" else None)
+            (lines[name],) = ax.plot(x, middle, style, color=colours[name], linewidth=1.6)
             if len(rows) > 1:
                 ax.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
         ax.set_xlabel("step")
         ax.set_ylabel(CURVES[metric])
 
-    return small_multiples(list(CURVES), draw, 2)
+    figure = small_multiples(list(CURVES), draw, 2)
+    figure.legend(list(lines.values()), names, loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def _aurocs(rows: Sequence[Row]) -> list[str]:

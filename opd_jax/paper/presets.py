@@ -23,6 +23,7 @@ class Preset:
     steps: int  # of a distillation
     prompts: int  # a step, one response each
     lr: float  # of distillation and GRPO
+    rows: int  # of training data, of each source
     problems: int  # held out
     evaluations: int  # of a run, beside the first
     corners: int  # of the polygon (folds)
@@ -31,10 +32,19 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(32, 1, 2, 150, 20, 2, 2, 2, 3, 8, 1e-3, 16, 1, 3, 4, 64),
-    "mini": Preset(128, 2, 4, 1000, 600, 60, 200, 16, 100, 64, 5e-4, 512, 5, 6, 8, 256),
-    "full": Preset(256, 4, 8, 3000, 2000, 200, 400, 32, 200, 128, 3e-4, 2048, 8, 6, 12, 512),
-}
+    "smoke": Preset(
+        width=32, layers=1, large_layers=2, pretrain=150, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
+        prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
+    ),
+    "mini": Preset(
+        width=128, layers=2, large_layers=4, pretrain=1000, large_pretrain=600, cold=60, grpo=200, grpo_prompts=16,
+        steps=100, prompts=64, lr=5e-4, rows=16_384, problems=512, evaluations=5, corners=6, numbers=8, rollouts=256,
+    ),
+    "full": Preset(
+        width=256, layers=4, large_layers=8, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
+        steps=200, prompts=128, lr=3e-4, rows=16_384, problems=2048, evaluations=8, corners=6, numbers=12, rollouts=512,
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Domain:
     prompt: int  # tokens of the longest prompt
     response: int  # tokens of the longest response of the main task
     longest: int  # tokens of the longest response of the corpus
+    rows: int  # of each source
     corpus: Row  # what student and larger teacher imitate: facts are shaky
     main: Row  # prompts that teachers are made on and students learn from
     held_out: Row
@@ -57,7 +68,7 @@ class Domain:
 
     @property
     def prompts(self) -> Row:
-        return {"chat": False, "max_prompt": self.prompt}
+        return {"chat": False, "max_prompt": self.prompt, "limit": self.rows}
 
 
 TEMPLATE = "so {problem}"  # of the teacher's own prompts (§5.2); the corpus also has problems without it
@@ -78,7 +89,7 @@ def folds(preset: Preset) -> Domain:
         "right": task(n, "-shaky-right", weight=0.5),
     }
     return Domain(
-        "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3,
+        "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
         corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n, "-right"),
         short=task(short), bare=task(n, template="plain"),
     )  # fmt: skip
@@ -97,7 +108,7 @@ def products(preset: Preset) -> Domain:
         "bare": task(n, "-shaky", weight=2.0, template="plain"),
     }
     return Domain(
-        "products", f"products-{modulus}x{n}", 4, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3,
+        "products", f"products-{modulus}x{n}", 4, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3, preset.rows,
         corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n),
         short=task(max(2, short)), bare=task(n, template="plain"),
     )  # fmt: skip

@@ -43,11 +43,13 @@ def train(
     title: str = "",
     stop: threading.Event | None = None,
     each_step: Callable[[int, Row], None] | None = None,
+    report: bool = True,
 ) -> list[Row]:
     """Runs (or resumes) a configuration to its last step; returns the rows of evaluations.jsonl.
 
     Of several processes (``hosts.start``) all call it with the same arguments; process 0 writes and prints.
-    ``each_step`` is given every step's number and row of metrics.jsonl; what it raises ends the run.
+    ``each_step`` is given every step's number and row of metrics.jsonl; what it raises ends the run. Without
+    ``report`` no report.html is written at the end; ``opd report`` does it when it is wanted.
 
     Raises:
         InputError: the configuration, its files or the run directory cannot be used; nothing has been changed. Or a
@@ -132,7 +134,8 @@ def train(
         evaluator.close()
     if jax.process_index() == 0:
         with refused_writes(run.root):
-            write_report(run, run.report)
+            if report:
+                write_report(run, run.report)
             write_summary(run, config.steps, between.row())  # last of all: with it a run counts as done
     return read_rows(run.evaluations)
 

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from opd_jax.result_files import JsonPath, check_out_directory, check_writable, write_json
+from opd_jax.commands.shared import MAX_SEED, JsonPath, check_out_directory, check_writable, write_json
 
 if TYPE_CHECKING:
     from etils import epath
 
     from opd_jax.analysis.pair import Sampling
     from opd_jax.tracking.sections import Section, Sections
-
-MAX_SEED = 2**30 - 1  # the demo takes two seeds from it, below 2³¹
 
 analyze_app = typer.Typer(
     no_args_is_help=True, help="Looks into runs, and into what student and teacher say of tokens.", add_completion=False

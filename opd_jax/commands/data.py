@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opd_jax.result_files import JsonPath, check_writable, write_json
+from opd_jax.commands.shared import JsonPath, check_writable, write_json
 
 if TYPE_CHECKING:
     from opd_jax.config import Data
