@@ -5,8 +5,9 @@
 
 "What is forty-seven plus thirty-eight?" (``task:spelt-2``), asked as text. ``sft`` imitates worked
 answers, ``grpo`` makes the teacher of that by rewards, ``opd`` teaches the untouched model: full forward KL on its own
-responses. Greedy accuracy on held-out problems; an answer may stand anywhere at the end of a response (the last number
-is read), so that form alone gains nothing. Resumable: what stands below --out is not done again.
+responses (why not the reverse: docs/decisions.md, 43). Half an hour a seed on two cores, 8 GiB. Greedy accuracy on
+held-out problems; an answer may stand anywhere at the end of a response (the last number is read), so that form alone
+gains nothing. Resumable: what stands below --out is not done again.
 """
 
 from __future__ import annotations
@@ -153,9 +154,10 @@ def draw(seeds: list[Row], path: Path) -> None:
         axis.set(title=stage.upper(), xlabel="step", ylim=(-0.03, 1.03))
         axis.spines[["top", "right"]].set_visible(False)
     for row in seeds:
-        axes[-1].axhline(row["teacher"], color="0.6", linewidth=0.8, zorder=0)
+        line = axes[-1].axhline(row["teacher"], color="0.6", linewidth=0.8, zorder=0)
+    axes[-1].legend([line], ["teachers"], frameon=False, loc="lower right")
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
 
 

@@ -64,6 +64,16 @@ def orders(table: np.ndarray) -> Counter[int]:
     return Counter(map(order, range(len(table))))
 
 
+def test_rotations_are_a_subgroup() -> None:
+    rows = make_task("dihedral-6x5-rotations", "train", 300)
+    elements = {int(word) for row in rows for word in row["problem"].split()[:-1]}
+    table = folds.products(6)
+    assert len(elements) == 6
+    assert {int(table[a, b]) for a in elements for b in elements} == elements
+    assert all(table[a, b] == table[b, a] for a in elements for b in elements)
+    assert {int(row["answer"]) for row in rows} == elements
+
+
 @pytest.mark.parametrize("suffix", ["", "-right"])
 def test_exact_folds_from_either_end_reach_the_answer(suffix: str) -> None:
     table = folds.products(6)
@@ -124,7 +134,9 @@ def test_every_word_is_one_token(tmp_path: Path) -> None:
                 assert 0 not in ids  # the unknown word
 
 
-@pytest.mark.parametrize("name", ["dihedral-2x4", "dihedral-6x1", "dihedral-60x4", "dihedral-6x4-left"])
+@pytest.mark.parametrize(
+    "name", ["dihedral-2x4", "dihedral-6x1", "dihedral-60x4", "dihedral-6x4-left", "dihedral-6x4-shaky-rotations"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="dihedral-MxN"):
         make_task(name, "train", 1)

@@ -13,7 +13,7 @@ import pytest
 from test_paper_claims import BORNE_OUT, seeds
 
 from opd_jax.errors import InputError, Interrupted
-from opd_jax.paper import suite
+from opd_jax.paper import suite, worker
 from opd_jax.paper.presets import DOMAINS, PRESETS
 from opd_jax.paper.suite import PLAN, run_experiments, tell
 from opd_jax.paper.worker import result_path, settings
@@ -26,8 +26,8 @@ def store(results: Path, domain: str, experiment: str, preset: str = "smoke") ->
     """Three seeds of made-up results that bear the claim out."""
     results.mkdir(exist_ok=True)
     for seed, row in enumerate(seeds(BORNE_OUT[experiment]), 1):
-        head = {"experiment": experiment, "domain": domain, "seed": seed, "settings": settings(preset)}
-        text = json.dumps(head | row | {"cpu_seconds": 60.0})
+        head = {"experiment": experiment, "domain": domain, "seed": seed, "settings": settings(preset, domain)}
+        text = json.dumps(head | row | {"cpu_seconds": {"shared": 60.0, f"{experiment}-{seed}": 60.0}})
         result_path(results, domain, experiment, seed).write_text(text)
 
 
@@ -45,8 +45,10 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     for domain, experiments in PLAN.items():
         for experiment in experiments:
             store(results, domain, experiment)
-    found = tell(run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1), results)
-    assert len(found["claims"]) == 14
+    rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
+    assert not failed
+    found = tell(rows, results)
+    assert len(found["claims"]) == 15
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
@@ -54,14 +56,16 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
         for check in claim["checks"]:
             assert f"| {check['text']} | {check['mean']:+.3f} |" in page.replace("\\|", "|")
     shown = [part.partition(")")[0] for part in page.split("](paper/")[1:]]
-    assert len(shown) == 11
+    assert len(shown) == 13
+    assert "34 training runs: 0.6 CPU hours" in page  # three seeds of eleven experiments, and what they share
     assert all((results / name).stat().st_size > 10_000 for name in shown)
 
 
 @pytest.mark.usefixtures("no_workers")
 def test_only_some_experiments(tmp_path: Path) -> None:
     store(tmp_path / "r", "folds", "6.3")
-    found = tell(run_experiments("smoke", [1, 2, 3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1), tmp_path / "r")
+    rows, _ = run_experiments("smoke", [1, 2, 3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
+    found = tell(rows, tmp_path / "r")
     assert [claim["experiment"] for claim in found["claims"]] == ["6.3"]
 
 
@@ -98,13 +102,24 @@ def test_a_signal_stops_the_workers_and_the_command_goes_on_later(
     assert [process.wait(10) for process in started] == [-15, -15]
 
 
+def test_an_experiment_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> Row:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(worker, "EXPERIMENTS", {"3.1": broken, "6.3": lambda _: {"models": {}}})
+    assert worker.work("smoke", "folds", 1, ["3.1", "6.3"], tmp_path, tmp_path) == [
+        "3.1: ZeroDivisionError: by nothing"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["folds-6.3-seed1.json"]
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
     from opd_jax.data.tasks import make_task
 
     d = DOMAINS[domain](PRESETS[preset])
-    parts = [*d.corpus["mix"].values(), d.main, d.exact, d.other, d.short, d.bare]
+    parts = [*d.corpus["mix"].values(), d.main, d.exact, *d.variants.values()]
     longest = {"prompt": 0, "response": 0}
     for part in parts:
         for row in make_task(part["source"].removeprefix("task:"), "train", 50):

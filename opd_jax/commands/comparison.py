@@ -94,9 +94,13 @@ def paper(
     Models are made from nothing, on self-made problems. What is done is kept: the same command goes on.
     """
     check_writable("--json", json_path)
+    from opd_jax.errors import Failed
     from opd_jax.paper.suite import run_experiments, tell
 
     where, wanted = results or out / "results", only.split(",") if only else []
     workers, stop = workers or os.cpu_count() or 1, stop_on_signals()
-    rows = run_experiments(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, stop)
-    write_json(json_path, tell(rows, where))
+    rows, failed = run_experiments(preset, range(first_seed, first_seed + seeds), wanted, out, where, workers, stop)
+    if rows:
+        write_json(json_path, tell(rows, where))
+    if failed:
+        raise Failed(failed)

@@ -6,7 +6,8 @@ The group is that of the 2M rotations and reflections of M corners, under arbitr
 commutative, so that a fold from the left and one from the right (suffix ``-right``) are two distinct ways of
 thinking that reach the same answer. Every element may be written in four ways and there are four signs of equality and
 sixteen connectives: which of them is a matter of style, so that the most probable tokens of a position have a meaning
-beyond the first. Whoever folds from the right prefers other ways. The answer has one form alone.
+beyond the first. Whoever folds from the right prefers other ways. The answer has one form alone. The suffix
+``-rotations`` leaves the reflections out: the same kind of problem, with a quarter of the facts.
 
 The suffix ``-shaky`` gives the corpus of somebody who has learnt the products badly: 84 % of the facts are right, 8 %
 uncertain (right with probability 0.4), 8 % misconceptions (right with probability 0.1, one fixed wrong value with
@@ -27,16 +28,16 @@ MARKS = ("", "'", "''", "*")  # ways of writing an element
 EQUALS = ("=", "is", "gives", "→")
 CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".", "also", "thus", "hence", "well", "ok", ":", "-", "/")
 LARGEST = 50  # the table of facts has (2M)³ entries
-NAME = re.compile(r"dihedral-(\d+)x(\d+)(-shaky)?(-right)?")
+NAME = re.compile(r"dihedral-(\d+)x(\d+)(-rotations)?(-shaky)?(-right)?")
 _CLEAN, _UNCERTAIN, _WRONG = 0.84, 0.08, 0.08
 
 
-def read_name(name: str) -> tuple[int, int, bool, bool] | None:
-    """(M, N, shaky, right), or None for what is no name of such a task."""
+def read_name(name: str) -> tuple[int, int, bool, bool, bool] | None:
+    """(M, N, rotations alone, shaky, right), or None for what is no name of such a task."""
     match = NAME.fullmatch(name)
     if not match or not 3 <= int(match[1]) <= LARGEST or int(match[2]) < 2:
         return None
-    return int(match[1]), int(match[2]), match[3] is not None, match[4] is not None
+    return int(match[1]), int(match[2]), match[3] is not None, match[4] is not None, match[5] is not None
 
 
 def words(corners: int) -> list[str]:
@@ -46,32 +47,38 @@ def words(corners: int) -> list[str]:
 
 
 def drawer(
-    corners: int, length: int, shaky: bool, right: bool
+    corners: int, length: int, rotations: bool, shaky: bool, right: bool
 ) -> tuple[Callable[[np.random.Generator], tuple[str, int, Callable[[], str]]], tuple[int, ...]]:
     """Draws (problem, answer, the response when called), and what names the task to a random generator."""
     truth = products(corners)
+    drawn_from = _numbers(corners)[0] if rotations else np.arange(2 * corners)
     facts = np.cumsum(beliefs(corners), axis=-1)[..., :-1].tolist()
 
     def fact(a: int, b: int, luck: float) -> int:
         return bisect(facts[a][b], luck) if shaky else int(truth[a, b])
 
     def draw(rng: np.random.Generator) -> tuple[str, int, Callable[[], str]]:
-        elements = rng.integers(0, len(truth), length).tolist()
+        elements = drawn_from[rng.integers(0, len(drawn_from), length)].tolist()
         answer = functools.reduce(lambda a, b: int(truth[a, b]), elements)
         problem = f"{' '.join(map(str, elements))} ?"
         return problem, answer, lambda: _work_out(elements, fact, right, rng)
 
-    return draw, (zlib.crc32(f"dihedral-{corners}x{length}".encode()), shaky, right)
+    return draw, (zlib.crc32(f"dihedral-{corners}x{length}".encode()), rotations, shaky, right)
 
 
 @functools.cache
 def products(corners: int) -> np.ndarray:
     """[a, b] = a · b: first the symmetry b, then the symmetry a."""
-    number = np.random.default_rng(corners).permutation(2 * corners).reshape(2, corners)
+    number = _numbers(corners)
     table = np.zeros((2 * corners, 2 * corners), int)
     for f, i, g, j in np.ndindex(2, corners, 2, corners):  # corner x goes to i + x, or, reflected, to i − x
         table[number[f, i], number[g, j]] = number[f ^ g, (i + (-j if f else j)) % corners]
     return table
+
+
+def _numbers(corners: int) -> np.ndarray:
+    """[reflected or not, i] → the arbitrary number of a symmetry."""
+    return np.random.default_rng(corners).permutation(2 * corners).reshape(2, corners)
 
 
 @functools.cache

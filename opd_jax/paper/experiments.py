@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from opd_jax.analysis.depth import analyse_depth
 from opd_jax.analysis.gradients import analyse_gradients
 from opd_jax.analysis.pair import Sampling
@@ -28,12 +30,13 @@ def base(lab: Lab) -> Run:
 def large(lab: Lab) -> Run:
     """A larger model of the same pipeline: the same texts, hence the same knowledge."""
     p = lab.preset
-    return lab.sft("large", lab.random(p.large_layers), lab.domain.corpus, p.large_pretrain, 2e-3)
+    return lab.sft("large", lab.random(p.large_layers, 1), lab.domain.corpus, p.large_pretrain, 2e-3)
 
 
 def rewarded(lab: Lab) -> Run:
     """The student's own base after GRPO: it thinks likewise, and has found out what no text told (paper A.1)."""
-    return lab.grpo("rewarded", base(lab).model, lab.domain.main, lab.preset.grpo)
+    p = lab.preset
+    return lab.grpo("rewarded", base(lab).model, lab.domain.main, p.grpo, p.grpo_prompts)
 
 
 def taught(lab: Lab) -> Run:
@@ -44,7 +47,7 @@ def taught(lab: Lab) -> Run:
 def other(lab: Lab) -> Run:
     """Knows all facts, and thinks otherwise: from scratch on texts of another pattern."""
     p = lab.preset
-    return lab.sft("other", lab.random(p.layers), lab.domain.other, p.pretrain, 3e-3)
+    return lab.sft("other", lab.random(p.layers, 2), lab.domain.variants["other"], p.pretrain, 3e-3)
 
 
 def cold_started(lab: Lab) -> Run:
@@ -69,7 +72,7 @@ def gradients(lab: Lab) -> Row:
 
     def measure() -> Row:
         paths, tokens = [model.path for model in teachers], 2 * lab.preset.rollouts
-        return analyse_gradients(student.path, paths, *_looked_at(lab, 1), tokens=tokens, dtype="float32")
+        return analyse_gradients(student.path, paths, *_looked_at(lab, lab.domain.main), tokens=tokens, dtype="float32")
 
     return lab.kept("gradients", [student, *teachers], measure)
 
@@ -113,23 +116,25 @@ def signs(lab: Lab) -> Row:
 
 
 def supports(lab: Lab) -> Row:
-    """4.2: which tokens carry the gradient. ``raw`` is not renormalised over its support, as in the published code;
-    ``clipped`` has every gradient clipped to the same small norm."""
-
-    def run(support: str, **settings: Any) -> Run:
-        objective = {"support": support} | settings.pop("objective", {})
-        return succeeding(lab, objective=objective, **settings)
-
-    raw, small = {"objective": {"normalise": False}}, {"optimizer": {"clip": 0.02}}
-    runs = {"student": succeeding(lab)}
-    for support in ("overlap", "non_overlap"):
-        runs |= {
-            support: run(support),
-            f"{support} raw": run(support, **raw),
-            f"{support} clipped": run(support, **small),
-        }
-    runs["student clipped"] = run("student", **small)
-    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+    """4.2: which tokens carry the gradient. ``raw`` is the objective of the published code, not renormalised over its
+    support; ``clipped`` has every gradient clipped to the same norm, far below all of them."""
+    clip = 1e-3
+    forms: dict[str, Row] = {
+        "": {},
+        " raw": {"objective": {"name": "topk_reference", "normalise": False}},
+        " clipped": {"optimizer": {"clip": clip}},
+    }
+    runs = {}
+    for support in ("student", "overlap", "non_overlap"):
+        for form, settings in forms.items():
+            objective = settings.get("objective", {}) | ({"support": support} if support != "student" else {})
+            runs[support + form] = succeeding(lab, **settings | ({"objective": objective} if objective else {}))
+    longer = {
+        name: float(np.mean([step["gradient_norm"] > clip for step in run.steps]))
+        for name, run in runs.items()
+        if name.endswith("clipped")
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs) | {"share_of_steps_clipped": longer}
 
 
 def cold_start(lab: Lab) -> Row:
@@ -142,28 +147,33 @@ def cold_start(lab: Lab) -> Row:
 
 
 def prompts(lab: Lab) -> Row:
-    """5.2: prompts in the teacher's template or without, of its own content, of another, or mixed."""
+    """5.2: prompts in the teacher's template or without, which is answered by another pattern; of the content that the
+    teacher was made on, of narrower content, or both."""
     d = lab.domain
-    mixed = {"mix": {"main": d.main, "short": d.short}, "source": None, "template": "plain"}
+    narrow = d.variants["rotations"]
+    mixed = {"mix": {"main": d.main, "rotations": narrow}, "source": None, "template": "plain"}
     runs = {
         "aligned": succeeding(lab),
-        "without template": succeeding(lab, data=d.bare),
-        "other content": succeeding(lab, data=d.short),
+        "without template": succeeding(lab, data=d.variants["bare"]),
+        "other content": succeeding(lab, data=narrow),
         "mixed content": succeeding(lab, data=mixed),
     }
     return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
 
 
 def horizon(lab: Lab) -> Row:
-    """6.1: the longest response that is sampled and learnt from; and whether the teacher still knows better where the
-    student has gone far."""
-    whole = lab.domain.response
-    lengths = sorted({max(2, round(whole * share)) for share in (0.125, 0.25, 0.5, 0.75)})
-    runs = {str(length): succeeding(lab, rollout={"max_response": length}) for length in lengths}
-    runs[str(whole)] = succeeding(lab)
+    """6.1: problems half as long again as those that the teacher was made on; the longest response that is sampled and
+    learnt from; and whether the teacher still knows better where the student has gone far."""
+    whole, long = lab.domain.longest, lab.domain.variants["long"]
+    examined = {"data": lab.held_out(long), "max_response": whole}
+
+    def run(length: int) -> Run:
+        return succeeding(lab, data=long, evaluation=examined, rollout={"max_response": length})
+
+    runs = {str(length): run(length) for length in (round(whole * share) for share in (0.125, 0.25, 0.5, 0.75, 1))}
     depths = [round(whole * share) for share in (0, 0.2, 0.4, 0.6, 0.8)]
     student, teacher = base(lab).model, rewarded(lab).model
-    depth = analyse_depth(student.path, teacher.path, *_looked_at(lab, 1), depths, 4, dtype="float32")
+    depth = analyse_depth(student.path, teacher.path, *_looked_at(lab, long), depths, 4, dtype="float32")
     row = _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
     return row | {"depth": {name: depth[name] for name in ("depths", "by_depth")}}
 
@@ -171,38 +181,44 @@ def horizon(lab: Lab) -> Row:
 def rewards(lab: Lab) -> Row:
     """6.2: the mean reward of right and wrong rollouts, for a teacher that succeeds and one that fails."""
     teachers = {"rewarded": rewarded(lab).model, "large": large(lab).model}
-    found = analyse_reward(
-        base(lab).model.path, [model.path for model in teachers.values()], *_looked_at(lab, 4), dtype="float32"
-    )
+    paths = [model.path for model in teachers.values()]
+    found = analyse_reward(base(lab).model.path, paths, *_looked_at(lab, lab.domain.main, 4), dtype="float32")
     kept = ("auroc", "auroc_within", "auroc_gain")
     of_teacher = [{name: row[name] for name in kept if name in row} for row in found["teachers"]]
     models: dict[str, Run] = {"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}
-    coherence = [row["coherence"]["all"]["value"] for row in gradients(lab)["teachers"]]
+    # ratio: what gradients of these norms that are orthogonal have does not depend on how unequal the norms are
+    agreement = [row["coherence"]["all"] for row in gradients(lab)["teachers"]]
+    kinds = {kind: [row[kind]["value"] for row in agreement] for kind in ("coherence", "ratio")}
     return _row(models, {}) | {
         "reward": dict(zip(teachers, of_teacher, strict=True)),
-        "coherence": dict(zip(teachers, coherence, strict=True)),
+        **{kind: dict(zip(teachers, values, strict=True)) for kind, values in kinds.items()},
     }
 
 
 def top_k(lab: Lab) -> Row:
-    """6.3: sampled tokens against lists of k, by Eq. 5 and by the published code's objective."""
+    """6.3: sampled tokens against lists of k, by Eq. 5 and by the published code's objective; what each costs, and how
+    far its gradient is from that of the full KL."""
     objectives: dict[str, Row] = {"sampled": {"name": "sampled"}, "full": {"name": "full"}}
     sizes = sorted({1, min(4, lab.domain.k), lab.domain.k})
     objectives |= {f"Eq. 5, k = {k}": {"name": "topk", "k": k} for k in sizes if k != lab.domain.k}
     objectives |= {f"published, k = {k}": {"name": "topk_reference", "k": k} for k in sizes}
     runs = {name: succeeding(lab, objective=objective) for name, objective in objectives.items()}
     runs[f"Eq. 5, k = {lab.domain.k}"] = succeeding(lab)
+    found = gradients(lab)["teachers"][0]
     departs = [
         {"name": row["name"]} | {kind: row[kind] and row[kind]["batch"]["value"] for kind in ("bias", "noise")}
-        for row in gradients(lab)["teachers"][0]["variants"]
+        for row in found["variants"]
     ]
-    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs) | {"gradients": departs}
+    row = _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+    return row | {"gradients": departs, "noise_of_problems": found["batch"]["noise"]}
 
 
 def remedy(lab: Lab) -> Row:
     """Beyond the paper: the failing teacher of 3.2 beside the reward of right answers."""
-    few = {"rollout": {"prompts": lab.preset.prompts // 4, "samples": 4}}
+    p = lab.preset
+    few = {"rollout": {"prompts": p.prompts // 4, "samples": 4}}
     runs = {
+        "reward alone": lab.grpo("reward-alone", base(lab).model, lab.domain.main, p.steps, p.prompts // 4, 4),
         "teacher alone": failing(lab, **few),
         "with reward": failing(lab, reward={"terms": {"answer": 1.0}}, **few),
     }
@@ -228,10 +244,12 @@ def _row(models: Mapping[str, Run], runs: Mapping[str, Run]) -> Row:
     return {
         "models": {name: {"accuracy": run.curve("accuracy")[-1]} for name, run in models.items()},
         "runs": {name: run.row() for name, run in runs.items()},
-        "cpu_seconds": sum(run.cpu_seconds for run in {**models, **runs}.values()),
+        # by what was trained, which experiments share
+        "cpu_seconds": {run.model.key: run.cpu_seconds for run in (*models.values(), *runs.values())},
     }
 
 
-def _looked_at(lab: Lab, samples: int) -> tuple[Data, Sampling]:
-    data = Data.model_validate(lab.domain.prompts | lab.domain.held_out | {"split": "test"})
-    return data, Sampling(lab.preset.rollouts // samples, samples, lab.domain.response, seed=lab.seed)
+def _looked_at(lab: Lab, data: Row, samples: int = 1) -> tuple[Data, Sampling]:
+    held_out = Data.model_validate(lab.held_out(data))
+    longest = lab.domain.longest if data != lab.domain.main else lab.domain.response
+    return held_out, Sampling(lab.preset.rollouts // samples, samples, longest, seed=lab.seed)

@@ -30,13 +30,14 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 1  # of what a run means beyond its settings; a change makes all of them anew
+VERSION = 2  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
 )  # fmt: skip
 STEPS = ("loss", "gradient_norm", "overlap_ratio", "entropy_gap", "student_entropy")
 POINTS = 20  # of a curve over steps
+COSTS = ("time/rollout", "time/score", "time/update", "update_flops")  # seconds, operations; medians over steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Run:
             "evaluations": {n: [_rounded(row[n]) for row in held] for n in CURVES if n in held[-1]},
             "steps": {name: of_steps(name) for name in STEPS if name in self.steps[-1]},
             "teacher_accuracy": teacher[0] if teacher else None,
-            "cpu_seconds": _rounded(self.cpu_seconds),
+            "cost": {n: _rounded(np.median([r[n] for r in self.steps])) for n in COSTS if n in self.steps[-1]},
         }
         if "student_entropy_by_position" in self.steps[-1]:
             row["student_entropy_by_position"] = [entropy(groups[0]), entropy(groups[-1])]
@@ -97,19 +98,22 @@ class Lab:
     seed: int
     root: Path  # one for all seeds: models are found by content
 
-    def random(self, layers: int) -> Model:
+    def random(self, layers: int, start: int = 0) -> Model:
+        """``start``: another has other numbers."""
         sizes = {"width": self.preset.width, "layers": layers, "task": self.domain.task, "seed": self.seed}
-        key = _hash(sizes)
+        key = _hash([VERSION, sizes, start])
         place = self.root / f"random-{key}"
         if not place.exists():
-            tokenizer = self.root / f"tokenizer-{_hash(self.domain.task)}-{self.seed}"
+            tokenizer = self.root / f"tokenizer-{_hash([VERSION, self.domain.task])}-{self.seed}"
             vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
             network = DecoderConfig(
                 "llama", vocab_size, width=self.preset.width, hidden=3 * self.preset.width, layers=layers, heads=4,
                 kv_heads=4, head_dim=self.preset.width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256,
                 tie_embeddings=True,
             )  # fmt: skip
-            save_model(place, init_params(network, jax.random.key(self.seed)), network, tokenizer_from=tokenizer)
+            save_model(
+                place, init_params(network, jax.random.key(1000 * self.seed + start)), network, tokenizer_from=tokenizer
+            )
         return Model("random", place, key)
 
     def sft(self, name: str, student: Model, data: Row, steps: int, lr: float, made_from: str = "") -> Run:
@@ -123,7 +127,7 @@ class Lab:
         }
         return self._run(name, settings, student, made_from=made_from)
 
-    def grpo(self, name: str, student: Model, data: Row, steps: int) -> Run:
+    def grpo(self, name: str, student: Model, data: Row, steps: int, prompts: int, samples: int = 8) -> Run:
         """Reward for right answers alone (paper A.1)."""
         settings = {
             "kind": "grpo",
@@ -131,7 +135,7 @@ class Lab:
             "data": self.domain.prompts | data,
             "reward": {"terms": {"answer": 1.0}},
             "objective": {"k": self.domain.k, "correction": "tis"},
-            "rollout": {"prompts": self.preset.grpo_prompts, "samples": 8, "max_response": self.domain.response},
+            "rollout": {"prompts": prompts, "samples": samples, "max_response": self.domain.response},
             "optimizer": {"lr": self.preset.lr, "warmup": 5},
         }
         return self._run(name, settings, student)
@@ -142,6 +146,7 @@ class Lab:
         defaults = {
             "steps": self.preset.steps,
             "objective": {"name": "topk", "k": self.domain.k},
+            "metrics_k": self.domain.k,
             "data": self.domain.prompts | self.domain.main,
             "rollout": {"prompts": self.preset.prompts, "samples": 1, "max_response": self.domain.response},
             "optimizer": {"lr": self.preset.lr, "warmup": 5},
@@ -155,15 +160,20 @@ class Lab:
         return self._run(name, merged, student, teacher)
 
     def responses(self, model: Model, count: int) -> tuple[Row, str]:
-        """What a model answers to training problems, as data to imitate, and the hash of what it is made from."""
+        """What a model answers to training problems, truncated responses left out (paper C.1), as data to imitate, and
+        the hash of what it is made from."""
         key = _hash([model.key, count, self.seed])
-        out = self.root / f"responses-{key}.jsonl"
+        out, whole = self.root / f"responses-{key}.jsonl", self.root / f"responses-{key}-whole.jsonl"
         data = Data.model_validate(self.domain.prompts | self.domain.main | {"limit": count})
-        generate_file(
-            model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
-            slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
-        )  # fmt: skip
-        return {"source": str(out), "skip_bad": True}, key  # an untrained model may say nothing
+        if not whole.exists():
+            generate_file(
+                model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
+                slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
+            )  # fmt: skip
+            lines = out.read_text().splitlines(keepends=True)
+            write_atomically(epath.Path(whole), "".join(x for x in lines if json.loads(x)["finish_reason"] == "stop"))
+        # an untrained model may say nothing
+        return {"source": str(whole), "template": self.domain.main["template"], "skip_bad": True}, key
 
     def kept(self, name: str, models: Sequence[Model], measure: Callable[[], Row]) -> Row:
         """What was measured on models; from its file where it has been."""
@@ -172,12 +182,15 @@ class Lab:
             write_atomically(epath.Path(path), json.dumps(measure()) + "\n")
         return json.loads(path.read_text())
 
+    def held_out(self, data: Row) -> Row:
+        """Its problems to be examined on."""
+        return self.domain.prompts | data | {"split": "test", "limit": self.preset.problems}
+
     def _run(self, name: str, settings: Row, student: Model, teacher: Model | None = None, made_from: str = "") -> Run:
-        held_out = self.domain.prompts | self.domain.held_out | {"split": "test", "limit": self.preset.problems}
         common = {
             "seed": self.seed,
             "evaluation": {
-                "data": held_out,
+                "data": self.held_out(self.domain.main),
                 "problems": self.preset.problems,
                 "batch": 256,
                 "every": max(1, settings["steps"] // self.preset.evaluations),
@@ -190,8 +203,8 @@ class Lab:
         }
         config = common | {n: v for n, v in settings.items() if n != "evaluation"}
         config["evaluation"] = common["evaluation"] | settings.get("evaluation", {})
-        hashed = {n: v for n, v in config.items() if not (n == "data" and made_from)}
-        key = _hash([VERSION, hashed, made_from, student.key, teacher.key if teacher else None])
+        data = {n: v for n, v in config["data"].items() if not (n == "source" and made_from)}
+        key = _hash([VERSION, config | {"data": data}, made_from, student.key, teacher.key if teacher else None])
         place = self.root / f"{name}-{self.seed}-{key}"
         run_dir, result = place / "run", place / "result.json"
         if not result.exists():
@@ -203,9 +216,9 @@ class Lab:
             rows = train(parse_config(config), resume=resume, title=f"{name} {self.seed}", report=False)
             if not (place / "model").exists():
                 export_run(str(run_dir), str(place / "model"))
-            shutil.rmtree(run_dir / "checkpoints")
             row = {"evaluations": rows, "cpu_seconds": time.process_time() - began}
             write_atomically(epath.Path(result), json.dumps(row) + "\n")
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         held = json.loads(result.read_text())
         steps = read_rows(epath.Path(run_dir) / "metrics.jsonl")
         return Run(held["evaluations"], steps, held["cpu_seconds"], Model(name, place / "model", key))

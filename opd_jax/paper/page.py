@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ CURVES = {
     "entropy_gap": "entropy gap (nats)",
     "gradient_norm": "gradient norm",
 }
-FIGURES = ("3.1", "3.2", "3.3", "4.2", "5.1", "5.2", "6.1", "6.3", "remedy")  # 4.1 has the runs of 3.2
+MORE_CURVES = {
+    "4.1": {"overlap_advantage": "overlap-token advantage (nats)", "overlap_mass_student": "overlap mass, student"},
+    "5.2": {"student_entropy": "student entropy (nats)"},
+}
 
 
 def by_experiment(rows: Sequence[Row]) -> Found:
@@ -61,13 +64,15 @@ def table_rows(judged: Judged) -> list[list[Any]]:
     ]
 
 
+COST = ("rollout", "score", "update")
 HEADS = ("claim", "section", "what it says", "domain", "verdict", "checks that hold", "seeds")
 
 
 def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, command: str) -> None:
     """Writes ``page`` and the PNGs it shows, which lie in ``figures``."""
     found = by_experiment(rows)
-    hours = sum(row["cpu_seconds"] for row in rows) / 3600
+    trained = {key: seconds for row in rows for key, seconds in row["cpu_seconds"].items()}
+    checks = sum(len(checks) for *_, checks in judged)
     lines = [
         "# The paper in miniature",
         "",
@@ -76,28 +81,32 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         "",
         _markdown(HEADS, table_rows(judged)),
         "",
-        f"Training of all runs, those that experiments share counted each time: {hours:.1f} CPU hours.",
+        f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
+        f"{sum(trained.values()) / 3600:.1f} CPU hours.",
+        "",
+        "## Models",
+        "",
+        _models(rows),
     ]
+    shown = set()
     for claim, domain, checks in judged:
-        lines += [
-            "",
-            f"## Claim {claim.number} (§{claim.experiment}) on {domain}: {verdict(checks)}",
-            "",
-            claim.text,
-            "",
-        ]
+        title = f"Claim {claim.number} (§{claim.experiment}) on {domain}: {verdict(checks)}"
+        lines += ["", f"## {title}", "", claim.text, ""]
         lines += [_markdown(("effect", "mean", "95 %", "expected", "verdict"), [_cells(check) for check in checks])]
-        if claim.experiment in FIGURES:
+        if (key := (domain, claim.experiment)) in shown:
+            continue
+        shown.add(key)
+        of = found[key]
+        if of[0]["runs"]:
             name = f"{domain}-{claim.experiment}.png"
-            save(curves(found[domain, claim.experiment]), figures / name)
-            lines += ["", f"![{claim.text}]({figures.name}/{name})"]
-        elif claim.experiment == "6.2":
-            lines += ["", *_aurocs(found[domain, claim.experiment])]
+            save(curves(of, CURVES | MORE_CURVES.get(claim.experiment, {})), figures / name)
+            lines += ["", _runs(of), "", f"![{claim.text}]({figures.name}/{name})"]
+        lines += MORE.get(claim.experiment, lambda rows: [])(of)
     page.write_text("\n".join(lines) + "\n")
 
 
-def curves(rows: Sequence[Row]) -> Figure:
-    """Mean and 95 % interval over seeds of each run: held-out accuracy, overlap and entropy gap, and gradient norm."""
+def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
+    """Mean and 95 % interval over seeds of each run: metrics of held-out prompts, or of steps, by name and label."""
     names = list(rows[0]["runs"])
     colours = dict(zip(names, PALETTE * 2, strict=False))
     lines: dict[str, Line2D] = {}
@@ -105,7 +114,9 @@ def curves(rows: Sequence[Row]) -> Figure:
     def draw(ax: Axes, metric: str) -> None:
         for i, name in enumerate(names):
             runs = [row["runs"][name] for row in rows]
-            where = "evaluations" if metric in runs[0]["evaluations"] else "steps"
+            where = next((part for part in ("evaluations", "steps") if metric in runs[0][part]), None)
+            if where is None:  # of a run without teacher
+                continue
             table = np.array([run[where][metric] for run in runs], float)
             last = runs[0]["step"][-1]
             x = np.array(runs[0]["step"]) if where == "evaluations" else np.linspace(0, last, table.shape[1])
@@ -115,21 +126,100 @@ def curves(rows: Sequence[Row]) -> Figure:
             if len(rows) > 1:
                 ax.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
         ax.set_xlabel("step")
-        ax.set_ylabel(CURVES[metric])
+        ax.set_ylabel(metrics[metric])
 
-    figure = small_multiples(list(CURVES), draw, 2)
+    figure = small_multiples(list(metrics), draw, 2)
     figure.legend(list(lines.values()), names, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def _aurocs(rows: Sequence[Row]) -> list[str]:
-    heads = ("teacher", "AUROC of the mean reward", "95 % over seeds", "coherence", "95 % over seeds")
+def _models(rows: Sequence[Row]) -> str:
+    """Accuracies of all models on the problems of the main task."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        for name, model in row["models"].items():
+            found.setdefault((row["domain"], name), {})[row["seed"]] = model["accuracy"]
+    return _markdown(
+        ("domain", "model", "accuracy", "95 %"),
+        [[domain, name, *_told(list(of.values()))] for (domain, name), of in found.items()],
+    )
 
+
+def _runs(rows: Sequence[Row]) -> str:
     def cells(name: str) -> list[Any]:
-        auroc = [row["reward"][name]["auroc"]["value"] for row in rows]
-        return [name, *_told(auroc), *_told([row["coherence"][name] for row in rows])]
+        runs = [row["runs"][name] for row in rows]
+        first, last = ([run["evaluations"]["accuracy"][at] for run in runs] for at in (0, -1))
+        teachers = [run["teacher_accuracy"] for run in runs]
+        overlap = [
+            f"{np.mean([run['evaluations']['overlap_ratio'][at] for run in runs]):.3f}"
+            for at in (0, -1)
+            if "overlap_ratio" in runs[0]["evaluations"]
+        ]
+        cost = [
+            f"{1000 * np.median([run['cost'][f'time/{part}'] for run in runs]):.0f}"
+            if f"time/{part}" in runs[0]["cost"]
+            else "–"
+            for part in COST
+        ]
+        teacher = "–" if None in teachers else _told(teachers)[0]
+        return [name, _told(first)[0], *_told(last), teacher, " → ".join(overlap) or "–", *cost]
 
-    return [_markdown(heads, [cells(name) for name in rows[0]["reward"]])]
+    heads = ("run", "accuracy before", "after", "95 %", "teacher", "overlap", *(f"{part}, ms a step" for part in COST))
+    return _markdown(heads, [cells(name) for name in rows[0]["runs"]])
+
+
+def _clipped(rows: Sequence[Row]) -> list[str]:
+    shares = [row["share_of_steps_clipped"] for row in rows]
+    told = ", ".join(f"{name} {_told([share[name] for share in shares])[0]}" for name in shares[0])
+    return ["", f"Share of the steps whose gradient was longer than the norm it was clipped to: {told}."]
+
+
+def _depths(rows: Sequence[Row]) -> list[str]:
+    cuts = zip(*(row["depth"]["depths"] for row in rows), strict=True)
+    heads = ("cut after (tokens)", "accuracy of the teacher's continuation − the student's", "95 %")
+    return ["", _markdown(heads, [[of[0]["depth"], *_told([cut["difference"]["value"] for cut in of])] for of in cuts])]
+
+
+def _aurocs(rows: Sequence[Row]) -> list[str]:
+    """Both are measured on the same rollouts."""
+    measured = {
+        "AUROC of the mean reward": lambda row, name: row["reward"][name]["auroc"]["value"],
+        "coherence": lambda row, name: row["coherence"][name],
+        "over that of orthogonal gradients": lambda row, name: row["ratio"][name],
+    }
+    heads = ["teacher", *(head for name in measured for head in (name, "95 %"))]
+    lines = [
+        [name, *(cell for of in measured.values() for cell in _told([of(row, name) for row in rows]))]
+        for name in rows[0]["reward"]
+    ]
+    return ["", _markdown(heads, lines)]
+
+
+def _gradients(rows: Sequence[Row]) -> list[str]:
+    """Bias and noise of the objectives beside the full KL's gradient."""
+
+    def cell(at: int, kind: str) -> str:
+        values = [row["gradients"][at][kind] for row in rows]
+        return "–" if None in values else _told(values)[0]
+
+    lines = [[of["name"], cell(i, "bias"), cell(i, "noise")] for i, of in enumerate(rows[0]["gradients"])]
+    problems = _told([row["noise_of_problems"] for row in rows])[0]
+    return [
+        "",
+        "At the start, summed over the tokens looked at, as a share of the norm of the full KL's gradient: how far the "
+        "gradient is from it in expectation (bias), and how much drawing one token scatters it (noise). "
+        f"Drawing the problems scatters all of them by {problems}.",
+        "",
+        _markdown(("objective", "bias", "noise"), lines),
+    ]
+
+
+MORE: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+    "4.2": _clipped,
+    "6.1": _depths,
+    "6.2": _aurocs,
+    "6.3": _gradients,
+}
 
 
 def _told(values: Sequence[float]) -> list[str]:

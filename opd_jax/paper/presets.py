@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ PRESETS = {
     ),
     "mini": Preset(
         width=128, layers=2, large_layers=4, pretrain=1000, large_pretrain=600, cold=60, grpo=200, grpo_prompts=16,
-        steps=100, prompts=64, lr=5e-4, rows=16_384, problems=512, evaluations=5, corners=6, numbers=8, rollouts=256,
+        steps=100, prompts=64, lr=5e-4, rows=16_384, problems=1024, evaluations=5, corners=6, numbers=8, rollouts=256,
     ),
     "full": Preset(
         width=256, layers=4, large_layers=8, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
@@ -59,12 +60,9 @@ class Domain:
     longest: int  # tokens of the longest response of the corpus
     rows: int  # of each source
     corpus: Row  # what student and larger teacher imitate: facts are shaky
-    main: Row  # prompts that teachers are made on and students learn from
-    held_out: Row
+    main: Row  # prompts that teachers are made on, that students learn from, and (other problems) are examined on
     exact: Row  # texts of somebody who knows the facts and thinks like the student
-    other: Row  # … and thinks otherwise (products have no second way: the same)
-    short: Row  # prompts of another length
-    bare: Row  # the main prompts without the template
+    variants: Mapping[str, Row]  # of main, for the experiments that are made on folds alone
 
     @property
     def prompts(self) -> Row:
@@ -75,7 +73,8 @@ TEMPLATE = "so {problem}"  # of the teacher's own prompts (§5.2); the corpus al
 
 
 def folds(preset: Preset) -> Domain:
-    """Products in a finite group, ``data/folds.py``: five tokens a step and three at the end."""
+    """Products in a finite group, ``data/folds.py``: five tokens a step and three at the end. The template asks for a
+    fold from the left; without it the corpus folds from the right."""
     n, short, long = preset.numbers, max(2, preset.numbers // 2), preset.numbers * 3 // 2
 
     def task(numbers: int, suffix: str = "", **settings: Any) -> Row:
@@ -83,34 +82,34 @@ def folds(preset: Preset) -> Domain:
 
     parts = {
         "main": task(n, "-shaky", weight=4.0),
-        "bare": task(n, "-shaky", weight=2.0, template="plain"),
+        "bare": task(n, "-shaky-right", weight=2.0, template="plain"),
         "short": task(short, "-shaky", weight=2.0),
         "long": task(long, "-shaky", weight=1.5),
-        "right": task(n, "-shaky-right", weight=0.5),
+    }
+    variants = {
+        "other": task(n, "-right"),  # texts of somebody who knows the facts and thinks otherwise
+        "bare": task(n, template="plain"),
+        "rotations": task(n, "-rotations"),
+        "long": task(long),
     }
     return Domain(
         "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n, "-right"),
-        short=task(short), bare=task(n, template="plain"),
+        corpus={"mix": parts}, main=task(n), exact=task(n), variants=variants,
     )  # fmt: skip
 
 
 def products(preset: Preset) -> Domain:
-    """Products modulo a prime, ``data/tasks.py``: six tokens a step and two at the end."""
+    """Products modulo a prime, ``data/tasks.py``: six tokens a step and two at the end. Lists of 8 hold all of the
+    connectives, which the corpus uses evenly."""
     modulus, n = (13, 5) if preset.numbers > 4 else (5, 3)
-    short = n - 2
 
-    def task(numbers: int, suffix: str = "", **settings: Any) -> Row:
-        return {"source": f"task:products-{modulus}x{numbers}{suffix}", "template": TEMPLATE} | settings
+    def task(suffix: str = "", **settings: Any) -> Row:
+        return {"source": f"task:products-{modulus}x{n}{suffix}", "template": TEMPLATE} | settings
 
-    parts = {
-        "main": task(n, "-shaky", weight=4.0),
-        "bare": task(n, "-shaky", weight=2.0, template="plain"),
-    }
+    parts = {"main": task("-shaky", weight=4.0), "bare": task("-shaky", weight=2.0, template="plain")}
     return Domain(
-        "products", f"products-{modulus}x{n}", 4, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), held_out=task(n), exact=task(n), other=task(n),
-        short=task(max(2, short)), bare=task(n, template="plain"),
+        "products", f"products-{modulus}x{n}", 8, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3, preset.rows,
+        corpus={"mix": parts}, main=task(), exact=task(), variants={},
     )  # fmt: skip
 
 

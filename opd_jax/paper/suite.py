@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.errors import Failed, InputError, Interrupted
+from opd_jax.errors import InputError, Interrupted
 from opd_jax.paper.claims import CLAIMS, verdict
 from opd_jax.paper.page import HEADS, judged, table_rows, write_page
 from opd_jax.paper.worker import result_path, settings
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 # All claims are examined on folds, those that a second domain is to bear out on products, too.
 PLAN: Mapping[str, Sequence[str]] = {
-    "folds": [claim.experiment for claim in CLAIMS],
+    "folds": list(dict.fromkeys(claim.experiment for claim in CLAIMS)),
     "products": ["3.2", "4.1", "4.2"],
 }
 
@@ -58,8 +58,8 @@ def run_experiments(
     results: Path,
     workers: int,
     stop: threading.Event | None = None,
-) -> list[Row]:
-    """Does what is not done yet; returns the rows of all wanted (domain, experiment, seed).
+) -> tuple[list[Row], str]:
+    """Does what is not done yet; returns the rows of the wanted (domain, experiment, seed), and what failed, if any.
 
     Args:
         only: experiments by section; empty: all.
@@ -68,7 +68,6 @@ def run_experiments(
 
     Raises:
         InputError: unknown experiment; results of other settings; a directory that cannot be made.
-        Failed: an experiment failed; the others were finished.
         Interrupted: ``stop`` was set; what is done stays done.
     """
     known = PLAN["folds"]
@@ -86,14 +85,15 @@ def run_experiments(
     for domain, experiment, seed in wanted:
         if _stored(results, domain, experiment, seed, preset) is None:
             jobs.setdefault((domain, seed), []).append(experiment)
+    failed = ""
     if jobs:
         for option, place in (("--out", out), ("--results", results)):
             try:
                 place.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise InputError(f"{option} {place}: cannot be made ({e.strerror}). Give another directory.") from e
-        _run_all(jobs, preset, out, results, workers, len(wanted), stop)
-    return [row for each in wanted if (row := _stored(results, *each, preset)) is not None]
+        failed = _run_all(jobs, preset, out, results, workers, len(wanted), stop)
+    return [row for each in wanted if (row := _stored(results, *each, preset)) is not None], failed
 
 
 def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str) -> Row | None:
@@ -104,7 +104,7 @@ def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str)
         row = json.loads(path.read_text())
     except ValueError as e:
         raise InputError(f"{path}: no result of `opd paper` ({e}). Remove the file.") from e
-    if row["settings"] != settings(preset):
+    if row["settings"] != settings(preset, domain):
         raise InputError(
             f"{path}: made with other settings (preset {row['settings']['preset']}) than --preset {preset} has now. "
             "Give another --results, or remove the file."
@@ -120,7 +120,7 @@ def _run_all(
     workers: int,
     total: int,
     stop: threading.Event | None,
-) -> None:
+) -> str:
     waiting, running, failed = list(jobs.items()), {}, []
     left = [result_path(results, domain, name, seed) for (domain, seed), names in jobs.items() for name in names]
     done = total - len(left)
@@ -145,11 +145,10 @@ def _run_all(
     finally:
         for process in running.values():
             process.terminate()
-    if failed:
-        tails = "\n".join(f"{log}: {_last_line(log)}" for log in failed)
-        raise Failed(
-            f"{len(failed)} of {len(jobs)} workers failed; the same command goes on where they stopped.\n{tails}"
-        )
+    if not failed:
+        return ""
+    tails = "\n".join(f"{log}: {_last_line(log)}" for log in failed)
+    return f"{len(failed)} of {len(jobs)} workers failed; the same command goes on where they stopped.\n{tails}"
 
 
 def _start(given: Row, out: Path, results: Path, workers: int) -> subprocess.Popen[bytes]:

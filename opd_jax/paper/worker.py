@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from opd_jax.errors import InputError
 from opd_jax.paper.experiments import EXPERIMENTS
 from opd_jax.paper.lab import VERSION, Lab
 from opd_jax.paper.presets import DOMAINS, PRESETS
@@ -22,23 +22,29 @@ def result_path(results: Path, domain: str, experiment: str, seed: int) -> Path:
     return results / f"{domain}-{experiment}-seed{seed}.json"
 
 
-def settings(preset: str) -> dict[str, Any]:
+def settings(preset: str, domain: str) -> dict[str, Any]:
     """What a stored result was made with."""
-    return {"preset": preset, "version": VERSION} | dataclasses.asdict(PRESETS[preset])
+    sizes = PRESETS[preset]
+    of_domain = dataclasses.asdict(DOMAINS[domain](sizes))
+    return {"preset": preset, "version": VERSION} | dataclasses.asdict(sizes) | {"domain": of_domain}
 
 
-def work(preset: str, domain: str, seed: int, experiments: list[str], out: Path, results: Path) -> None:
-    """Runs experiments one after the other and writes the file of each when it is done."""
-    lab = Lab(DOMAINS[domain](PRESETS[preset]), PRESETS[preset], seed, out)
+def work(preset: str, domain: str, seed: int, experiments: list[str], out: Path, results: Path) -> list[str]:
+    """Runs experiments one after the other and writes the file of each when it is done; returns what failed and why."""
+    lab, failed = Lab(DOMAINS[domain](PRESETS[preset]), PRESETS[preset], seed, out), []
     for name in experiments:
-        row = {"experiment": name, "domain": domain, "seed": seed, "settings": settings(preset)}
-        text = json.dumps(plain(row | EXPERIMENTS[name](lab)), allow_nan=False)
-        write_atomically(epath.Path(result_path(results, domain, name, seed)), text + "\n")
+        row = {"experiment": name, "domain": domain, "seed": seed, "settings": settings(preset, domain)}
+        try:
+            text = json.dumps(plain(row | EXPERIMENTS[name](lab)), allow_nan=False)
+        except Exception as e:  # the others do not depend on it
+            traceback.print_exc()
+            failed.append(f"{name}: {type(e).__name__}: {e}")
+        else:
+            write_atomically(epath.Path(result_path(results, domain, name, seed)), text + "\n")
+    return failed
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    try:
-        work(**given | {"out": Path(given["out"]), "results": Path(given["results"])})
-    except InputError as e:
-        sys.exit(f"error: {e}")
+    if failed := work(**given | {"out": Path(given["out"]), "results": Path(given["results"])}):
+        sys.exit("; ".join(failed))
