@@ -52,7 +52,7 @@ def other(lab: Lab) -> Run:
 
 def cold_started(lab: Lab) -> Run:
     """The student after a few steps of SFT on responses of ``other`` (§5.1)."""
-    data, key = lab.responses(other(lab).model, 2048)
+    data, key = lab.responses(other(lab).model, lab.preset.rows // 8)
     return lab.sft("cold", base(lab).model, data, lab.preset.cold, 5e-4, made_from=key)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,15 @@ MORE: dict[str, Callable[[Sequence[Row]], list[str]]] = {
 
 def _told(values: Sequence[float]) -> list[str]:
     mean, low, high = interval(values)
-    return [f"{mean:.3f}", f"{low:.3f} … {high:.3f}"]
+    return [f"{mean:.3f}", _bounds(low, high, "")]
+
+
+def _bounds(low: float, high: float, sign: str) -> str:
+    return f"{low:{sign}.3f} … {high:{sign}.3f}" if math.isfinite(low + high) else "–"  # of a single seed
 
 
 def _cells(check: Check) -> list[Any]:
-    return [check.text, f"{check.mean:+.3f}", f"{check.low:+.3f} … {check.high:+.3f}", check.expected, check.verdict]
+    return [check.text, f"{check.mean:+.3f}", _bounds(check.low, check.high, "+"), check.expected, check.verdict]
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
