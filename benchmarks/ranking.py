@@ -64,7 +64,8 @@ def learn(place: Path, name: str, corpus: str, start: Path, seed: int, steps: in
             "rollout": {"prompts": 64, "samples": 1, "max_response": RESPONSE},
             "optimizer": {"lr": 3e-3, "b2": 0.95, "schedule": "cosine", "warmup": 10},
         }  # fmt: skip
-        train(parse_config(config), resume=(place / f"{name}-sft" / "config.yaml").exists(), title=name)
+        begun = (place / f"{name}-sft" / "config.yaml").exists()
+        train(parse_config(config), resume=begun, title=name, report=False)
         export_run(place / f"{name}-sft", place / name)
     return place / name
 
@@ -81,8 +82,9 @@ def distil(place: Path, teacher: str, seed: int, steps: int) -> list[Row]:
         "evaluation": {"data": data | {"split": "test"}, "problems": 512, "batch": 512, "every": steps},
     }  # fmt: skip
     return train(
-        parse_config(config), resume=(place / f"opd-{teacher}" / "config.yaml").exists(), title=f"opd ← {teacher}"
-    )
+        parse_config(config), resume=(place / f"opd-{teacher}" / "config.yaml").exists(), title=f"opd ← {teacher}",
+        report=False,
+    )  # fmt: skip
 
 
 def run_seed(root: Path, seed: int, steps: int) -> Row:

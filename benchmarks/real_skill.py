@@ -116,6 +116,7 @@ def main() -> None:
         teacher = next(row for row in curves["opd"] if row["who"] == "teacher")
         before, after = of_student["opd"][0], of_student["opd"][-1]
         files = [json.loads((options.out / f"seed{seed}" / f"{stage}.json").read_text()) for stage in STAGES]
+        whole = not any(file["resumed"] for file in files)  # else only the last process was timed
         seeds.append(
             {
                 "untouched": before["accuracy"],
@@ -123,15 +124,16 @@ def main() -> None:
                 "teacher": teacher["accuracy"],
                 "opd": after["accuracy"],
                 "gap recovered": gap_recovery(before["accuracy"], after["accuracy"], teacher["accuracy"]),
-                "hours": sum(file["seconds"] for file in files) / 3600,
-                "CPU hours": sum(file["cpu_seconds"] for file in files) / 3600,
+                "hours": sum(file["seconds"] for file in files) / 3600 if whole else None,
+                "CPU hours": sum(file["cpu_seconds"] for file in files) / 3600 if whole else None,
                 "curves": {s: [[row["step"], row["accuracy"]] for row in rows] for s, rows in of_student.items()},
                 "texts": texts(options.out / f"seed{seed}" / "opd"),
             }
         )
     columns = [name for name in seeds[0] if name not in ("curves", "texts")]
     rows = [[seed, *(row[name] for name in columns)] for seed, row in enumerate(seeds)]
-    rows.append(["mean", *(statistics.fmean(row[name] for row in seeds) for name in columns)])
+    held = [[row[name] for row in seeds if row[name] is not None] for name in columns]
+    rows.append(["mean", *(statistics.fmean(values) if values else None for values in held)])
     console.table("adding in words, greedy accuracy", ["seed", *columns], rows)
     RESULT.write_text(json.dumps({"problems": HELD_OUT, "stages": STAGES, "seeds": seeds}, indent=1) + "\n")
     if options.plot:
