@@ -41,7 +41,7 @@ def rewarded(lab: Lab) -> Run:
 
 def taught(lab: Lab) -> Run:
     """The student's own base after SFT on texts that tell the truth."""
-    return lab.sft("taught", base(lab).model, lab.domain.exact, lab.preset.pretrain // 4, 5e-4)
+    return lab.sft("taught", base(lab).model, lab.domain.main, lab.preset.pretrain // 4, 5e-4)
 
 
 def other(lab: Lab) -> Run:

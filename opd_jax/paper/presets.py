@@ -60,8 +60,7 @@ class Domain:
     longest: int  # tokens of the longest response of the corpus
     rows: int  # of each source
     corpus: Row  # what student and larger teacher imitate: facts are shaky
-    main: Row  # prompts that teachers are made on, that students learn from, and (other problems) are examined on
-    exact: Row  # texts of somebody who knows the facts and thinks like the student
+    main: Row  # what teachers are made on, students learn from and are examined on; its responses know the facts
     variants: Mapping[str, Row]  # of main, for the experiments that are made on folds alone
 
     @property
@@ -94,7 +93,7 @@ def folds(preset: Preset) -> Domain:
     }
     return Domain(
         "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), exact=task(n), variants=variants,
+        corpus={"mix": parts}, main=task(n), variants=variants,
     )  # fmt: skip
 
 
@@ -109,7 +108,7 @@ def products(preset: Preset) -> Domain:
     parts = {"main": task("-shaky", weight=4.0), "bare": task("-shaky", weight=2.0, template="plain")}
     return Domain(
         "products", f"products-{modulus}x{n}", 8, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(), exact=task(), variants={},
+        corpus={"mix": parts}, main=task(), variants={},
     )  # fmt: skip
 
 
