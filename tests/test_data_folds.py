@@ -117,7 +117,7 @@ def test_who_folds_from_the_right_prefers_other_ways_of_writing() -> None:
         marks = Counter(mark for row in rows for step in STEP.findall(row["response"]) for mark in (step[1], step[3]))
         return marks[""] / marks.total()
 
-    weights = 0.75 ** np.arange(4)
+    weights = 0.8 ** np.arange(16)
     assert first_choice("dihedral-6x8") == pytest.approx(weights[0] / weights.sum(), abs=0.02)
     assert first_choice("dihedral-6x8-right") == pytest.approx(weights[-1] / weights.sum(), abs=0.02)
 
@@ -125,7 +125,7 @@ def test_who_folds_from_the_right_prefers_other_ways_of_writing() -> None:
 def test_every_word_is_one_token(tmp_path: Path) -> None:
     size = write_task_tokenizer(tmp_path, "dihedral-6x8")
     tokenizer = load_tokenizer(tmp_path)
-    assert size == 2 + 2 + 4 + 16 + 4 * 12
+    assert size == 2 + 2 + 16 + 16 + 16 * 12
     for name in ("dihedral-6x8-shaky", "dihedral-6x12-right"):
         for row in make_task(name, "train", 50):
             for text in (row["problem"], row["response"]):

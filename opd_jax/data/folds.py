@@ -1,13 +1,14 @@
 """``dihedral-MxN``: products of N symmetries of a regular polygon, which may be worked out from either end.
 
-    4 3 9 0 ?   →   4'' 3 = 7' then 7 9' is 2 so 2'' 0 = 11 . Answer: 11
+    4 3 9 0 ?   →   4b 3 = 7a then 7 9d is 2 so 2c 0 makes 11f . Answer: 11
 
 The group is that of the 2M rotations and reflections of M corners, under arbitrary numbers. It is associative and not
 commutative, so that a fold from the left and one from the right (suffix ``-right``) are two distinct ways of
-thinking that reach the same answer. Every element may be written in four ways and there are four signs of equality and
-sixteen connectives: which of them is a matter of style, so that the most probable tokens of a position have a meaning
-beyond the first. Whoever folds from the right prefers other ways. The answer has one form alone. The suffix
-``-rotations`` leaves the reflections out: the same kind of problem, with a quarter of the facts.
+thinking that reach the same answer. Every element may be written in sixteen ways, and there are sixteen signs of
+equality and sixteen connectives: which of them is a matter of style, so that the sixteen most probable tokens of a
+position have a meaning, and so has their order. Whoever folds from the right prefers them in the opposite order. The
+answer has one form alone. The suffix ``-rotations`` leaves the reflections out: the same kind of problem, with a
+quarter of the facts.
 
 The suffix ``-shaky`` gives the corpus of somebody who has learnt the products badly: 84 % of the facts are right, 8 %
 uncertain (right with probability 0.4), 8 % misconceptions (right with probability 0.1, one fixed wrong value with
@@ -24,8 +25,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-MARKS = ("", "'", "''", "*")  # ways of writing an element
-EQUALS = ("=", "is", "gives", "→")
+MARKS = ("", *"abcdefghijklmno")  # ways of writing an element
+EQUALS = ("=", "is", "gives", "→", "makes", "yields", "equals", "means", "==", "≡", "↦", "⇒", "≅", "≈", "~", "||")
 CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".", "also", "thus", "hence", "well", "ok", ":", "-", "/")
 LARGEST = 50  # the table of facts has (2M)³ entries
 NAME = re.compile(r"dihedral-(\d+)x(\d+)(-rotations)?(-shaky)?(-right)?")
@@ -117,6 +118,6 @@ def _work_out(
 
 @functools.cache
 def _preferences(ways: int, right: bool) -> list[float]:
-    """Cumulative probabilities of ways of writing: each three quarters as probable as the one before."""
-    weights = 0.75 ** np.arange(ways)
+    """Cumulative probabilities of ways of writing: each 0.8 times as probable as the one before."""
+    weights = 0.8 ** np.arange(ways)
     return np.cumsum((weights[::-1] if right else weights) / weights.sum())[:-1].tolist()

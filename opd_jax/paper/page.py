@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from opd_jax.paper.claims import CLAIMS, Check, Claim, interval, verdict
+from opd_jax.paper.claims import CLAIMS, HOLDS, Check, Claim, interval, verdict
 from opd_jax.tracking.plots import PALETTE, save, small_multiples
 
 Row = dict[str, Any]
@@ -84,6 +84,7 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         "",
         f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
         f"{sum(trained.values()) / 3600:.1f} CPU hours.",
+        *_not_reproduced(judged),
         "",
         "## Models",
         "",
@@ -132,6 +133,21 @@ def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
     figure = small_multiples(list(metrics), draw, 2)
     figure.legend(list(lines.values()), names, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _not_reproduced(judged: Judged) -> list[str]:
+    """The claims that do not hold or are undecided, by which checks, and why that may be."""
+    lines = []
+    for claim, domain, checks in judged:
+        if verdict(checks) != HOLDS:
+            told = "; ".join(
+                f"{check.text}: {check.mean:+.3f}, expected {check.expected} ({check.verdict})"
+                for check in checks
+                if check.verdict != HOLDS
+            )
+            title = f"**Claim {claim.number}** (§{claim.experiment}) on {domain}, {verdict(checks)}"
+            lines.append(f"- {title}: {told}. {claim.why}".rstrip())
+    return ["", "## What did not reproduce, and why that may be", "", *lines] if lines else []
 
 
 def _models(rows: Sequence[Row]) -> str:

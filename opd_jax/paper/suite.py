@@ -76,8 +76,8 @@ def run_experiments(
             raise InputError(f"--only {name}: unknown experiment; expected some of {', '.join(known)}")
     wanted = [
         (domain, experiment, seed)
+        for domain, experiments in PLAN.items()  # the long ones first: the short ones fill the workers at the end
         for seed in seeds
-        for domain, experiments in PLAN.items()
         for experiment in experiments
         if not only or experiment in only
     ]
