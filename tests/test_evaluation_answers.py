@@ -313,6 +313,7 @@ def test_hostile_answers_cost_no_more_than_the_limit():
             start = time.process_time()
             assert pool.grade([(text, r"\frac{x}{7}"), honest]) == [False, True], name
             assert time.process_time() - start < 2, name
+        pool._workers[0].stop()  # its seconds are counted when it has ended
     # Two run into the limit; the rest is the start. Without the limit the wall-clock backstop alone gives 10 s more.
     assert worker_seconds() - before < 9
 
@@ -324,14 +325,24 @@ def worker_seconds():
 
 def test_a_worker_killed_from_outside_is_replaced():
     honest = (r"\boxed{\frac12}", "0.5")
-    with AnswerPool(1) as pool:
+    with AnswerPool(1, limit=0.75) as pool:
         assert pool.grade([honest]) == [True]
         process = pool._workers[0]._process
         assert process is not None
         process.kill()
         process.wait()
-        pool.grade([honest])
         assert pool.grade([honest]) == [True]
+        assert pool._workers[0]._process is not process
+
+
+def test_a_later_pool_takes_a_worker_over():
+    honest = (r"\boxed{\frac12}", "0.5")
+    processes = []
+    for _ in range(2):
+        with AnswerPool(1, limit=0.6) as pool:
+            assert pool.grade([honest]) == [True]
+            processes.append(pool._workers[0]._process)
+    assert processes[0] is processes[1] is not None
 
 
 def test_importing_is_light():

@@ -97,7 +97,8 @@ def quick_verdict(answer: str, gold: str) -> bool | None:
 
 
 class AnswerPool:
-    """Grades responses. Workers start when the first answer needs algebra, and end with the ``with`` block.
+    """Grades responses. Workers start when the first answer needs algebra; later pools of this process take them over,
+    for they import sympy, which takes seconds.
 
     Args:
         workers: processes; None: one a core, at most 8.
@@ -106,7 +107,9 @@ class AnswerPool:
     """
 
     def __init__(self, workers: int | None = None, limit: float = 1.0, fallback_number: bool = False):
-        self._workers = [_Worker(limit) for _ in range(workers or min(8, os.cpu_count() or 1))]
+        spare = self._spare = _SPARE.setdefault(limit, [])
+        count = workers or min(8, os.cpu_count() or 1)
+        self._workers = [spare.pop() if spare else _Worker(limit) for _ in range(count)]
         self._threads = ThreadPoolExecutor(len(self._workers))
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -118,8 +121,7 @@ class AnswerPool:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.stop()
+        self._spare += self._workers
 
     def submit(self, text: str, gold: str) -> Future[Verdict]:
         """The verdict on one response, at once if it needs no algebra; the future raises what ``judge`` raises."""
@@ -182,17 +184,19 @@ def verify(text: str, gold: str) -> bool:
 
 @functools.cache
 def _shared_pool() -> AnswerPool:
-    return AnswerPool(workers=1)  # its process ends when ours closes the pipe
+    return AnswerPool(workers=1)
 
 
 class _Worker:
-    """One ``verifier.py`` process, started when first needed and again if it dies."""
+    """One ``verifier.py`` process, started when first needed and again if it dies; it ends with ours."""
 
     def __init__(self, limit: float):
         self._limit = limit
         self._process: subprocess.Popen[bytes] | None = None
 
     def decide(self, answer: str, gold: str) -> bool:
+        if self._process is not None and self._process.poll() is not None:  # it died while nobody asked
+            self.stop()
         process = self._process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -222,6 +226,9 @@ class _Worker:
             process.communicate()
             raise RuntimeError(f"the answer verifier did not start; its error stands above ({' '.join(command)})")
         return process
+
+
+_SPARE: dict[float, list[_Worker]] = {}  # of pools that are done, by limit
 
 
 def _last_boxed(text: str) -> str | None:

@@ -145,12 +145,14 @@ def _knowledge(rows: Sequence[Row]) -> list[Check]:
 
 
 def _reverse(rows: Sequence[Row]) -> list[Check]:
+    def before(row: Row) -> float:
+        """Score of the teacher from before GRPO."""
+        return row["runs"]["base"]["teacher_accuracy"]
+
     return [
         more("accuracy lost with the teacher from before GRPO", [-_gain(r, "base") for r in rows], 0.1),
-        alike("final accuracy − score before GRPO, teacher from before",
-              [_final(r, "base") - _model(r, "base") for r in rows]),
-        alike("final accuracy − score before GRPO, larger teacher",
-              [_final(r, "large") - _model(r, "base") for r in rows]),
+        alike("final accuracy − score before GRPO, teacher from before", [_final(r, "base") - before(r) for r in rows]),
+        alike("final accuracy − score before GRPO, larger teacher", [_final(r, "large") - before(r) for r in rows]),
         alike("final accuracy, larger teacher − teacher from before",
               [_final(r, "large") - _final(r, "base") for r in rows]),
     ]  # fmt: skip

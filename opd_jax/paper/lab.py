@@ -182,9 +182,9 @@ class Lab:
             write_atomically(epath.Path(path), json.dumps(measure()) + "\n")
         return json.loads(path.read_text())
 
-    def held_out(self, data: Row) -> Row:
-        """Its problems to be examined on."""
-        return self.domain.prompts | data | {"split": "test", "limit": self.preset.problems}
+    def held_out(self, data: Row, problems: int = 0) -> Row:
+        """Its problems to be examined on; 0: as many as for most runs."""
+        return self.domain.prompts | data | {"split": "test", "limit": problems or self.preset.problems}
 
     def _run(self, name: str, settings: Row, student: Model, teacher: Model | None = None, made_from: str = "") -> Run:
         common = {

@@ -34,11 +34,11 @@ class Preset:
 
 PRESETS = {
     "smoke": Preset(
-        width=32, layers=1, large_layers=2, pretrain=150, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
+        width=32, layers=1, large_layers=2, pretrain=300, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(
-        width=128, layers=2, large_layers=3, pretrain=1500, large_pretrain=1500, cold=60, grpo=200, grpo_prompts=16,
+        width=128, layers=2, large_layers=3, pretrain=1500, large_pretrain=1500, cold=60, grpo=150, grpo_prompts=16,
         steps=60, prompts=64, lr=5e-4, rows=16_384, problems=1024, evaluations=5, corners=5, numbers=8, rollouts=256,
     ),
     "full": Preset(
