@@ -20,17 +20,19 @@ from opd_jax.paper.lab import Lab, Row, Run
 
 # --- the models that experiments share ---
 
+PRETRAIN_LR = 1.5e-3  # with twice of it, wider and deeper models did not learn the facts
+
 
 def base(lab: Lab) -> Run:
     """The student: it imitates texts whose facts are shaky, so it does not know what none of them tells."""
     p = lab.preset
-    return lab.sft("base", lab.random(p.layers), lab.domain.corpus, p.pretrain, 3e-3)
+    return lab.sft("base", lab.random(p.width), lab.domain.corpus, p.pretrain, PRETRAIN_LR)
 
 
 def large(lab: Lab) -> Run:
     """A larger model of the same pipeline: the same texts, hence the same knowledge."""
     p = lab.preset
-    return lab.sft("large", lab.random(p.large_layers, 1), lab.domain.corpus, p.large_pretrain, 3e-3)
+    return lab.sft("large", lab.random(p.large_width, 1), lab.domain.corpus, p.large_pretrain, PRETRAIN_LR)
 
 
 def rewarded(lab: Lab) -> Run:
@@ -47,7 +49,7 @@ def taught(lab: Lab) -> Run:
 def other(lab: Lab) -> Run:
     """Knows all facts, and thinks otherwise: from scratch on texts of another pattern."""
     p = lab.preset
-    return lab.sft("other", lab.random(p.layers, 2), lab.domain.variants["other"], p.pretrain, 3e-3)
+    return lab.sft("other", lab.random(p.width, 2), lab.domain.variants["other"], p.pretrain, PRETRAIN_LR)
 
 
 def cold_started(lab: Lab) -> Run:

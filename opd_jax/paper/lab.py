@@ -30,7 +30,7 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 2  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
+VERSION = 3  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
@@ -98,17 +98,17 @@ class Lab:
     seed: int
     root: Path  # one for all seeds: models are found by content
 
-    def random(self, layers: int, start: int = 0) -> Model:
+    def random(self, width: int, start: int = 0) -> Model:
         """``start``: another has other numbers."""
-        sizes = {"width": self.preset.width, "layers": layers, "task": self.domain.task, "seed": self.seed}
+        sizes = {"width": width, "layers": self.preset.layers, "task": self.domain.task, "seed": self.seed}
         key = _hash([VERSION, sizes, start])
         place = self.root / f"random-{key}"
         if not place.exists():
             tokenizer = self.root / f"tokenizer-{_hash([VERSION, self.domain.task])}-{self.seed}"
             vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
             network = DecoderConfig(
-                "llama", vocab_size, width=self.preset.width, hidden=3 * self.preset.width, layers=layers, heads=4,
-                kv_heads=4, head_dim=self.preset.width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256,
+                "llama", vocab_size, width=width, hidden=3 * width, layers=self.preset.layers, heads=4, kv_heads=4,
+                head_dim=width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256,
                 tie_embeddings=True,
             )  # fmt: skip
             save_model(

@@ -15,7 +15,7 @@ class Preset:
 
     width: int
     layers: int
-    large_layers: int  # of the larger teacher of the same pipeline
+    large_width: int  # of the larger teacher of the same pipeline
     pretrain: int  # steps of SFT from random weights, 64 texts each
     large_pretrain: int
     cold: int  # steps of SFT on the teacher's responses (§5.1)
@@ -34,15 +34,15 @@ class Preset:
 
 PRESETS = {
     "smoke": Preset(
-        width=32, layers=1, large_layers=2, pretrain=300, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
+        width=32, layers=1, large_width=48, pretrain=300, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(
-        width=128, layers=2, large_layers=3, pretrain=1500, large_pretrain=1500, cold=60, grpo=150, grpo_prompts=16,
+        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=60, grpo=150, grpo_prompts=16,
         steps=60, prompts=64, lr=5e-4, rows=16_384, problems=1024, evaluations=5, corners=5, numbers=8, rollouts=256,
     ),
     "full": Preset(
-        width=256, layers=4, large_layers=8, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
+        width=256, layers=4, large_width=384, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
         steps=200, prompts=128, lr=3e-4, rows=16_384, problems=2048, evaluations=8, corners=6, numbers=12, rollouts=512,
     ),
 }  # fmt: skip
