@@ -74,8 +74,8 @@ def test_rotations_are_a_subgroup() -> None:
     assert {int(row["answer"]) for row in rows} == elements
 
 
-@pytest.mark.parametrize("suffix", ["", "-right"])
-def test_exact_folds_from_either_end_reach_the_answer(suffix: str) -> None:
+@pytest.mark.parametrize("suffix", ["", "-right", "-middle"])
+def test_exact_folds_reach_the_answer(suffix: str) -> None:
     table = folds.products(6)
     for row in make_task(f"dihedral-6x5{suffix}", "train", 300):
         elements = [int(word) for word in row["problem"].split()[:-1]]
@@ -83,11 +83,17 @@ def test_exact_folds_from_either_end_reach_the_answer(suffix: str) -> None:
         assert len(elements) == 5
         assert len(said) == 4
         assert all(table[a, b] == c for a, b, c in said)
-        running = elements[-1] if suffix else elements[0]
-        others = elements[-2::-1] if suffix else elements[1:]
-        for other, (a, b, c) in zip(others, said, strict=True):
-            assert (a, b) == ((other, running) if suffix else (running, other))
+        at = {"": 0, "-right": 4, "-middle": 2}[suffix]
+        low, high, running = at, at, elements[at]  # what is folded yet
+        for a, b, c in said:
+            if suffix == "-right" or (suffix == "-middle" and at - low == high - at):
+                low -= 1
+                assert (a, b) == (elements[low], running)
+            else:
+                high += 1
+                assert (a, b) == (running, elements[high])
             running = c
+        assert (low, high) == (0, 4)
         assert row["response"].endswith(f" Answer: {row['answer']}")
         assert verify(row["response"], row["answer"])
 
@@ -111,7 +117,8 @@ def test_shaky_facts_are_as_often_right_as_is_said() -> None:
     assert ((truth > 0.05) & (truth < 0.2)).any()
 
 
-def test_who_folds_from_the_right_prefers_other_ways_of_writing() -> None:
+@pytest.mark.parametrize("begin", ["right", "middle"])
+def test_who_folds_from_elsewhere_prefers_other_ways_of_writing(begin: str) -> None:
     def first_choice(name: str) -> float:
         rows = make_task(name, "train", 500)
         marks = Counter(mark for row in rows for step in STEP.findall(row["response"]) for mark in (step[1], step[3]))
@@ -119,14 +126,14 @@ def test_who_folds_from_the_right_prefers_other_ways_of_writing() -> None:
 
     weights = 0.8 ** np.arange(16)
     assert first_choice("dihedral-6x8") == pytest.approx(weights[0] / weights.sum(), abs=0.02)
-    assert first_choice("dihedral-6x8-right") == pytest.approx(weights[-1] / weights.sum(), abs=0.02)
+    assert first_choice(f"dihedral-6x8-{begin}") == pytest.approx(weights[-1] / weights.sum(), abs=0.02)
 
 
 def test_every_word_is_one_token(tmp_path: Path) -> None:
     size = write_task_tokenizer(tmp_path, "dihedral-6x8")
     tokenizer = load_tokenizer(tmp_path)
     assert size == 2 + 2 + 16 + 16 + 16 * 12
-    for name in ("dihedral-6x8-shaky", "dihedral-6x12-right"):
+    for name in ("dihedral-6x8-shaky", "dihedral-6x12-middle"):
         for row in make_task(name, "train", 50):
             for text in (row["problem"], row["response"]):
                 ids = tokenizer(text)["input_ids"]
@@ -135,7 +142,15 @@ def test_every_word_is_one_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dihedral-2x4", "dihedral-6x1", "dihedral-60x4", "dihedral-6x4-left", "dihedral-6x4-shaky-rotations"]
+    "name",
+    [
+        "dihedral-2x4",
+        "dihedral-6x1",
+        "dihedral-60x4",
+        "dihedral-6x4-left",
+        "dihedral-6x4-right-middle",
+        "dihedral-6x4-shaky-rotations",
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="dihedral-MxN"):

@@ -1,14 +1,14 @@
-"""``dihedral-MxN``: products of N symmetries of a regular polygon, which may be worked out from either end.
+"""``dihedral-MxN``: products of N symmetries of a regular polygon, which may be worked out in several orders.
 
     4 3 9 0 ?   →   4b 3 = 7a then 7 9d is 2 so 2c 0 makes 11f . Answer: 11
 
 The group is that of the 2M rotations and reflections of M corners, under arbitrary numbers. It is associative and not
-commutative, so that a fold from the left and one from the right (suffix ``-right``) are two distinct ways of
-thinking that reach the same answer. Every element may be written in sixteen ways, and there are sixteen signs of
-equality and sixteen connectives: which of them is a matter of style, so that the sixteen most probable tokens of a
-position have a meaning, and so has their order. Whoever folds from the right prefers them in the opposite order. The
-answer has one form alone. The suffix ``-rotations`` leaves the reflections out: the same kind of problem, with a
-quarter of the facts.
+commutative, so that a fold from the left, one from the right (suffix ``-right``) and one from the middle outwards
+(``-middle``) are distinct ways of thinking that reach the same answer. Every element may be written in sixteen ways,
+and there are sixteen signs of equality and sixteen connectives: which of them is a matter of style, so that the sixteen
+most probable tokens of a position have a meaning, and so has their order. Who does not fold from the left prefers them
+in the opposite order. The answer has one form alone. The suffix ``-rotations`` leaves the reflections out: the same
+kind of problem, with a quarter of the facts.
 
 The suffix ``-shaky`` gives the corpus of somebody who has learnt the products badly: 84 % of the facts are right, 8 %
 uncertain (right with probability 0.4), 8 % misconceptions (right with probability 0.1, one fixed wrong value with
@@ -28,17 +28,18 @@ import numpy as np
 MARKS = ("", *"abcdefghijklmno")  # ways of writing an element
 EQUALS = ("=", "is", "gives", "→", "makes", "yields", "equals", "means", "==", "≡", "↦", "⇒", "≅", "≈", "~", "||")
 CONNECTIVES = ("then", "so", "next", "and", "now", ",", ";", ".", "also", "thus", "hence", "well", "ok", ":", "-", "/")
+BEGINNINGS = ("left", "right", "middle")  # of a fold
 LARGEST = 50  # the table of facts has (2M)³ entries
-NAME = re.compile(r"dihedral-(\d+)x(\d+)(-rotations)?(-shaky)?(-right)?")
+NAME = re.compile(r"dihedral-(\d+)x(\d+)(-rotations)?(-shaky)?(-right|-middle)?")
 _CLEAN, _UNCERTAIN, _WRONG = 0.84, 0.08, 0.08
 
 
-def read_name(name: str) -> tuple[int, int, bool, bool, bool] | None:
-    """(M, N, rotations alone, shaky, right), or None for what is no name of such a task."""
+def read_name(name: str) -> tuple[int, int, bool, bool, str] | None:
+    """(M, N, rotations alone, shaky, where the fold begins), or None for what is no name of such a task."""
     match = NAME.fullmatch(name)
     if not match or not 3 <= int(match[1]) <= LARGEST or int(match[2]) < 2:
         return None
-    return int(match[1]), int(match[2]), match[3] is not None, match[4] is not None, match[5] is not None
+    return int(match[1]), int(match[2]), match[3] is not None, match[4] is not None, (match[5] or "-left")[1:]
 
 
 def words(corners: int) -> list[str]:
@@ -48,7 +49,7 @@ def words(corners: int) -> list[str]:
 
 
 def drawer(
-    corners: int, length: int, rotations: bool, shaky: bool, right: bool
+    corners: int, length: int, rotations: bool, shaky: bool, begin: str
 ) -> tuple[Callable[[np.random.Generator], tuple[str, int, Callable[[], str]]], tuple[int, ...]]:
     """Draws (problem, answer, the response when called), and what names the task to a random generator."""
     truth = products(corners)
@@ -62,9 +63,9 @@ def drawer(
         elements = drawn_from[rng.integers(0, len(drawn_from), length)].tolist()
         answer = functools.reduce(lambda a, b: int(truth[a, b]), elements)
         problem = f"{' '.join(map(str, elements))} ?"
-        return problem, answer, lambda: _work_out(elements, fact, right, rng)
+        return problem, answer, lambda: _work_out(elements, fact, begin, rng)
 
-    return draw, (zlib.crc32(f"dihedral-{corners}x{length}".encode()), rotations, shaky, right)
+    return draw, (zlib.crc32(f"dihedral-{corners}x{length}".encode()), rotations, shaky, BEGINNINGS.index(begin))
 
 
 @functools.cache
@@ -97,27 +98,34 @@ def beliefs(corners: int) -> np.ndarray:
     )
 
 
-def _work_out(
-    elements: list[int], fact: Callable[[int, int, float], int], right: bool, rng: np.random.Generator
-) -> str:
+def order(length: int, begin: str) -> list[int]:
+    """Places of the elements in the order in which a fold takes them: each is next to those before."""
+    if begin == "middle":
+        middle = length // 2
+        return sorted(range(length), key=lambda place: (abs(place - middle), place))
+    return list(range(length))[:: -1 if begin == "right" else 1]
+
+
+def _work_out(elements: list[int], fact: Callable[[int, int, float], int], begin: str, rng: np.random.Generator) -> str:
     luck = iter(rng.random(6 * len(elements)).tolist())
 
     def one_of(ways: tuple[str, ...]) -> str:
-        return ways[bisect(_preferences(len(ways), right), next(luck))]
+        return ways[bisect(_preferences(len(ways), begin != "left"), next(luck))]
 
     def written(element: int) -> str:
         return f"{element}{one_of(MARKS)}"
 
-    running, steps = elements[-1] if right else elements[0], []
-    for other in reversed(elements[:-1]) if right else elements[1:]:
-        a, b = (other, running) if right else (running, other)
+    first, *others = order(len(elements), begin)
+    running, steps = elements[first], []
+    for place in others:
+        a, b = (elements[place], running) if place < first else (running, elements[place])
         running = fact(a, b, next(luck))
         steps.append(f"{written(a)} {written(b)} {one_of(EQUALS)} {written(running)} {one_of(CONNECTIVES)}")
     return f"{' '.join(steps)} Answer: {running}"
 
 
 @functools.cache
-def _preferences(ways: int, right: bool) -> list[float]:
+def _preferences(ways: int, reverse: bool) -> list[float]:
     """Cumulative probabilities of ways of writing: each 0.8 times as probable as the one before."""
     weights = 0.8 ** np.arange(ways)
-    return np.cumsum((weights[::-1] if right else weights) / weights.sum())[:-1].tolist()
+    return np.cumsum((weights[::-1] if reverse else weights) / weights.sum())[:-1].tolist()

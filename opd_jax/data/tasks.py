@@ -162,8 +162,8 @@ def _modulus_length_shaky(name: str) -> tuple[int, int, bool]:
     if not match or int(match[2]) < 2 or not _is_small_prime(int(match[1])):
         raise InputError(
             f"task:{name}: unknown task; expected products-MxN[-shaky], M an odd prime below {LARGEST}, N ≥ 2, as in "
-            f"products-13x4; dihedral-MxN[-rotations][-shaky][-right], M from 3 to {folds.LARGEST}; or sums-DxN, "
-            "linear-D, gcd-D, spelt-D, with D digits from 1 to 9 and N numbers from 2 to 9"
+            f"products-13x4; dihedral-MxN[-rotations][-shaky][-right or -middle], M from 3 to {folds.LARGEST}; or "
+            "sums-DxN, linear-D, gcd-D, spelt-D, with D digits from 1 to 9 and N numbers from 2 to 9"
         )
     return int(match[1]), int(match[2]), match[3] is not None
 

@@ -136,7 +136,7 @@ class Lab:
             "reward": {"terms": {"answer": 1.0}},
             "objective": {"k": self.domain.k, "correction": "tis"},
             "rollout": {"prompts": prompts, "samples": samples, "max_response": self.domain.response},
-            "optimizer": {"lr": self.preset.lr, "warmup": 5},
+            "optimizer": {"lr": self.preset.lr, "warmup": 5, "schedule": "cosine"},
         }
         return self._run(name, settings, student)
 
@@ -149,7 +149,7 @@ class Lab:
             "metrics_k": self.domain.k,
             "data": self.domain.prompts | self.domain.main,
             "rollout": {"prompts": self.preset.prompts, "samples": 1, "max_response": self.domain.response},
-            "optimizer": {"lr": self.preset.lr, "warmup": 5},
+            "optimizer": {"lr": self.preset.lr, "warmup": 5, "schedule": "cosine"},
         }
         merged = {
             name: defaults.get(name, {}) | given.get(name, {})
