@@ -124,7 +124,7 @@ def test_who_folds_from_elsewhere_prefers_other_ways_of_writing(begin: str) -> N
         marks = Counter(mark for row in rows for step in STEP.findall(row["response"]) for mark in (step[1], step[3]))
         return marks[""] / marks.total()
 
-    weights = 0.8 ** np.arange(16)
+    weights = 0.8 ** np.arange(8)
     assert first_choice("dihedral-6x8") == pytest.approx(weights[0] / weights.sum(), abs=0.02)
     assert first_choice(f"dihedral-6x8-{begin}") == pytest.approx(weights[-1] / weights.sum(), abs=0.02)
 
@@ -132,7 +132,7 @@ def test_who_folds_from_elsewhere_prefers_other_ways_of_writing(begin: str) -> N
 def test_every_word_is_one_token(tmp_path: Path) -> None:
     size = write_task_tokenizer(tmp_path, "dihedral-6x8")
     tokenizer = load_tokenizer(tmp_path)
-    assert size == 2 + 2 + 16 + 16 + 16 * 12
+    assert size == 2 + 2 + 16 + 16 + 8 * 12
     for name in ("dihedral-6x8-shaky", "dihedral-6x12-middle"):
         for row in make_task(name, "train", 50):
             for text in (row["problem"], row["response"]):

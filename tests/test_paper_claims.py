@@ -91,6 +91,10 @@ BORNE_OUT: dict[str, Row] = {
         "models": models(base=0.3, rewarded=0.95, large=0.4),
         "runs": {"base": run(0.95, 0.3, 0.3), "large": run(0.95, 0.31, 0.4)},
     },
+    "3.3+": {
+        "models": models(base=0.3, rewarded=0.95, large=0.4),
+        "runs": {"base": run(0.95, 0.3, 0.3), "large": run(0.95, 0.31, 0.4)},
+    },
     "4.1": {
         "models": {},
         "runs": {
@@ -106,6 +110,15 @@ BORNE_OUT: dict[str, Row] = {
             for name in (support, f"{support} raw", f"{support} clipped")
         },
         "share_of_steps_clipped": {"student clipped": 1.0},
+    },
+    "4.2+": {
+        "models": {},
+        "runs": {
+            "student": run(0.3, 0.9),
+            "overlap": run(0.3, 0.9),
+            "non_overlap": run(0.3, 0.8),
+            "overlap alone": run(0.3, 0.4),
+        },
     },
     "5.1": {
         "models": {},
@@ -180,8 +193,10 @@ CONTRADICTED = {
     "3.1": swapped(BORNE_OUT["3.1"], "compatible", "mismatched"),
     "3.2": swapped(BORNE_OUT["3.2"], "rewarded", "large"),
     "3.3": BORNE_OUT["3.3"] | {"runs": {"base": run(0.95, 0.9), "large": run(0.95, 0.6)}},
+    "3.3+": BORNE_OUT["3.3+"] | {"runs": {"base": run(0.95, 0.9), "large": run(0.95, 0.6)}},
     "4.1": swapped(BORNE_OUT["4.1"], "rewarded", "large"),
     "4.2": swapped(BORNE_OUT["4.2"], "overlap", "non_overlap"),
+    "4.2+": swapped(BORNE_OUT["4.2+"], "overlap", "overlap alone"),
     "5.1": swapped(BORNE_OUT["5.1"], "direct", "cold start"),
     "5.2": swapped(BORNE_OUT["5.2"], "aligned", "other content"),
     "6.1": BORNE_OUT["6.1"] | {"depth": depth(0.1, 0.4, 0.6)},

@@ -192,6 +192,13 @@ def _supports(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
+def _closed(rows: Sequence[Row]) -> list[Check]:
+    return [
+        alike("overlap − student top-k, with an outcome for the rest", _between(rows, "overlap", "student")),
+        more("overlap, with an outcome for the rest − without", _between(rows, "overlap", "overlap alone"), MARGIN),
+    ]  # fmt: skip
+
+
 def _cold_start(rows: Sequence[Row]) -> list[Check]:
     def gain(name: str, at: Callable[[Row, str, str], float] = _final) -> list[float]:
         return [at(r, "cold start", name) - at(r, "direct", name) for r in rows]
@@ -276,8 +283,10 @@ CLAIMS = (
     Claim("1", "3.1", "A teacher of compatible patterns and no higher score beats one of other patterns.", _compatible),
     Claim("2", "3.2", "New knowledge in a teacher counts for more than its size.", _knowledge),
     Claim("3", "3.3", "Reverse distillation takes a student back to before RL, with either teacher.", _reverse),
+    Claim("3+", "3.3+", "Further: by the forward KL it does so whatever the student is certain of.", _reverse),
     Claim("4", "4.1", "Success and failure show in overlap, entropy gap, advantage, mass and gradient norm.", _signs),
     Claim("5", "4.2", "The overlap carries the gradient: alone it does as well, without it one does worse.", _supports),
+    Claim("5+", "4.2+", "Further: it is the mass outside of the overlap that renormalising over it loses.", _closed),
     Claim("6", "5.1", "A cold start on the teacher's responses overlaps more, ends higher, is steadier.", _cold_start),
     Claim("7", "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),

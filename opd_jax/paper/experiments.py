@@ -47,9 +47,10 @@ def taught(lab: Lab) -> Run:
 
 
 def other(lab: Lab) -> Run:
-    """Knows all facts, and thinks otherwise: from scratch on texts of another pattern."""
-    p = lab.preset
-    return lab.sft("other", lab.random(p.width, 2), lab.domain.variants["other"], p.pretrain, PRETRAIN_LR)
+    """Knows all facts, and thinks otherwise: from scratch on texts of another pattern, then GRPO as ``rewarded``."""
+    p, d = lab.preset, lab.domain
+    imitating = lab.sft("other-base", lab.random(p.width, 2), d.variants["other"], p.pretrain, PRETRAIN_LR)
+    return lab.grpo("other", imitating.model, d.main, p.grpo, p.grpo_prompts)
 
 
 def cold_started(lab: Lab) -> Run:
@@ -101,16 +102,23 @@ def new_knowledge(lab: Lab) -> Row:
     return _row({"base": base(lab), "rewarded": rewarded(lab), "taught": taught(lab), "large": large(lab)}, runs)
 
 
-def reverse(lab: Lab) -> Row:
+def reverse(lab: Lab, **objective: Any) -> Row:
     """3.3: the student after GRPO learns from itself before it, and from the larger model. Scores in the middle of the
     scale scatter most, and are compared here: four times as many problems."""
     student, problems = rewarded(lab).model, 4 * lab.preset.problems
-    more = {"evaluation": {"problems": problems, "data": lab.held_out(lab.domain.main, problems)}}
+    more: Row = {"evaluation": {"problems": problems, "data": lab.held_out(lab.domain.main, problems)}}
+    more["objective"] = objective
     runs = {
         "base": lab.opd("reverse-base", student, base(lab).model, more),
         "large": lab.opd("reverse-large", student, large(lab).model, more),
     }
     return _row({"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}, runs)
+
+
+def reverse_forward(lab: Lab) -> Row:
+    """Further to 3.3: by the forward KL. That of the reverse KL has next to no gradient where a student is certain,
+    however much its teacher disagrees: ∂KL/∂z_v = p_v [log(p_v/q_v) − KL]."""
+    return reverse(lab, name="full", divergence="forward")
 
 
 def signs(lab: Lab) -> Row:
@@ -139,6 +147,16 @@ def supports(lab: Lab) -> Row:
         if name.endswith("clipped")
     }
     return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs) | {"share_of_steps_clipped": longer}
+
+
+def supports_closed(lab: Lab) -> Row:
+    """Further to 4.2: with one outcome for all tokens outside of the support, so that renormalising loses no mass."""
+    runs = {
+        support: succeeding(lab, objective={"support": support, "tail": True})
+        for support in ("student", "overlap", "non_overlap")
+    }
+    runs["overlap alone"] = succeeding(lab, objective={"support": "overlap"})
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
 
 
 def cold_start(lab: Lab) -> Row:
@@ -233,8 +251,10 @@ EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
     "3.1": compatible_patterns,
     "3.2": new_knowledge,
     "3.3": reverse,
+    "3.3+": reverse_forward,
     "4.1": signs,
     "4.2": supports,
+    "4.2+": supports_closed,
     "5.1": cold_start,
     "5.2": prompts,
     "6.1": horizon,

@@ -30,7 +30,7 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 3  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
+VERSION = 4  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
@@ -68,24 +68,24 @@ class Run:
         """What an experiment keeps of it."""
         held = [row for row in self.evaluations if row["who"] == "student"]
         teacher = [row["accuracy"] for row in self.evaluations if row["who"] == "teacher"]
-        groups = np.array_split(np.arange(len(self.steps)), min(POINTS, len(self.steps)))
 
-        def of_steps(name: str) -> list[float]:
-            return [_rounded(np.mean([self.steps[i][name] for i in group])) for group in groups]
+        def measured(name: str) -> list[np.ndarray]:
+            """Values of the steps that have it, in at most ``POINTS`` groups."""
+            values = np.array([row[name] for row in self.steps if name in row], float)
+            return np.array_split(values, min(POINTS, len(values))) if len(values) else []
 
-        def entropy(group: np.ndarray) -> list[float]:
-            bins = np.array([self.steps[i]["student_entropy_by_position"] for i in group], float)
-            return [_rounded(x) for x in np.nanmean(bins[:, np.isfinite(bins).any(axis=0)], axis=0)]
+        def of_bins(values: np.ndarray) -> list[float]:
+            return [_rounded(x) for x in np.nanmean(values[:, np.isfinite(values).any(axis=0)], axis=0)]
 
         row: Row = {
             "step": [row["step"] for row in held],
             "evaluations": {n: [_rounded(row[n]) for row in held] for n in CURVES if n in held[-1]},
-            "steps": {name: of_steps(name) for name in STEPS if name in self.steps[-1]},
+            "steps": {name: [_rounded(x.mean()) for x in found] for name in STEPS if (found := measured(name))},
             "teacher_accuracy": teacher[0] if teacher else None,
             "cost": {n: _rounded(np.median([r[n] for r in self.steps])) for n in COSTS if n in self.steps[-1]},
         }
-        if "student_entropy_by_position" in self.steps[-1]:
-            row["student_entropy_by_position"] = [entropy(groups[0]), entropy(groups[-1])]
+        if found := measured("student_entropy_by_position"):
+            row["student_entropy_by_position"] = [of_bins(found[0]), of_bins(found[-1])]
         return row
 
 
@@ -147,6 +147,7 @@ class Lab:
             "steps": self.preset.steps,
             "objective": {"name": "topk", "k": self.domain.k},
             "metrics_k": self.domain.k,
+            "metrics_every": max(1, self.preset.steps // POINTS),  # they are a third of a step
             "data": self.domain.prompts | self.domain.main,
             "rollout": {"prompts": self.preset.prompts, "samples": 1, "max_response": self.domain.response},
             "optimizer": {"lr": self.preset.lr, "warmup": 5, "schedule": "cosine"},

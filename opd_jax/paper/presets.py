@@ -38,8 +38,8 @@ PRESETS = {
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(
-        width=128, layers=2, large_width=192, pretrain=1500, large_pretrain=1200, cold=60, grpo=150, grpo_prompts=16,
-        steps=80, prompts=64, lr=7e-4, rows=16_384, problems=1024, evaluations=5, corners=5, numbers=8, rollouts=256,
+        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=60, grpo=150, grpo_prompts=16,
+        steps=60, prompts=64, lr=7e-4, rows=16_384, problems=1024, evaluations=5, corners=5, numbers=8, rollouts=256,
     ),
     "full": Preset(
         width=256, layers=4, large_width=384, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
