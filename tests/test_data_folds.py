@@ -124,7 +124,7 @@ def test_who_folds_from_elsewhere_prefers_other_ways_of_writing(begin: str) -> N
         marks = Counter(mark for row in rows for step in STEP.findall(row["response"]) for mark in (step[1], step[3]))
         return marks[""] / marks.total()
 
-    weights = 0.8 ** np.arange(8)
+    weights = 0.6 ** np.arange(8)
     assert first_choice("dihedral-6x8") == pytest.approx(weights[0] / weights.sum(), abs=0.02)
     assert first_choice(f"dihedral-6x8-{begin}") == pytest.approx(weights[-1] / weights.sum(), abs=0.02)
 

@@ -126,6 +126,6 @@ def _work_out(elements: list[int], fact: Callable[[int, int, float], int], begin
 
 @functools.cache
 def _preferences(ways: int, reverse: bool) -> list[float]:
-    """Cumulative probabilities of ways of writing: each 0.8 times as probable as the one before."""
-    weights = 0.8 ** np.arange(ways)
+    """Cumulative probabilities of ways of writing: each 0.6 times as probable as the one before."""
+    weights = 0.6 ** np.arange(ways)
     return np.cumsum((weights[::-1] if reverse else weights) / weights.sum())[:-1].tolist()

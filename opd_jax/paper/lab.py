@@ -30,7 +30,7 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 4  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
+VERSION = 5  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
