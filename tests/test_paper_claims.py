@@ -116,7 +116,6 @@ BORNE_OUT: dict[str, Row] = {
         "runs": {
             "student": run(0.3, 0.9),
             "overlap": run(0.3, 0.9),
-            "non_overlap": run(0.3, 0.8),
             "overlap alone": run(0.3, 0.4),
         },
     },
@@ -141,6 +140,10 @@ BORNE_OUT: dict[str, Row] = {
         "runs": {"5": run(0.3, 0.4), "10": run(0.3, 0.8), "20": run(0.3, 0.9), "40": run(0.3, 0.88)},
         "depth": depth(0.6, 0.4, 0.1),
     },
+    "6.1+": {
+        "models": {},
+        "runs": {"5": run(0.3, 0.4), "10": run(0.3, 0.8), "20": run(0.3, 0.7)},
+    },
     "6.2": {
         "models": {},
         "runs": {},
@@ -155,6 +158,11 @@ BORNE_OUT: dict[str, Row] = {
         | {f"published, k = {k}": run(0.3, 0.7 if k == 1 else 0.9) for k in (1, 4, 16)},
         "gradients": [{"name": "full", "bias": 0.0, "noise": None}, {"name": "sampled", "bias": None, "noise": 0.3}],
         "noise_of_problems": 0.2,
+    },
+    "6.3+": {
+        "models": {},
+        "runs": {"sampled": run(0.3, 0.9), "four": run(0.3, 0.7)}
+        | {name: run(0.3, 0.9) for name in ("four and the rest", "eight")},
     },
     "remedy": {
         "models": models(base=0.3, large=0.5),
@@ -200,9 +208,11 @@ CONTRADICTED = {
     "5.1": swapped(BORNE_OUT["5.1"], "direct", "cold start"),
     "5.2": swapped(BORNE_OUT["5.2"], "aligned", "other content"),
     "6.1": BORNE_OUT["6.1"] | {"depth": depth(0.1, 0.4, 0.6)},
+    "6.1+": swapped(BORNE_OUT["6.1+"], "10", "5"),
     "6.2": swapped(BORNE_OUT["6.2"], "rewarded", "large", "ratio")
     | {"reward": {"rewarded": {"auroc": {"value": 0.8}}, "large": {"auroc": {"value": 0.3}}}},
     "6.3": swapped(BORNE_OUT["6.3"], "Eq. 5, k = 1", "published, k = 16"),
+    "6.3+": swapped(BORNE_OUT["6.3+"], "four", "four and the rest"),
     "remedy": swapped(BORNE_OUT["remedy"], "teacher alone", "with reward"),
 }
 

@@ -48,7 +48,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
     assert not failed
     found = tell(rows, results)
-    assert len(found["claims"]) == 17
+    assert len(found["claims"]) == 19
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
@@ -56,8 +56,8 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
         for check in claim["checks"]:
             assert f"| {check['text']} | {check['mean']:+.3f} |" in page.replace("\\|", "|")
     shown = [part.partition(")")[0] for part in page.split("](paper/")[1:]]
-    assert len(shown) == 15
-    assert "40 training runs: 0.7 CPU hours" in page  # three seeds of thirteen experiments, and what they share
+    assert len(shown) == 17
+    assert "46 training runs: 0.8 CPU hours" in page  # three seeds of fifteen experiments, and what they share
     assert all((results / name).stat().st_size > 10_000 for name in shown)
 
 
@@ -119,14 +119,21 @@ def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
     from opd_jax.data.tasks import make_task
 
     d = DOMAINS[domain](PRESETS[preset])
-    parts = [*d.corpus["mix"].values(), d.main, *d.variants.values()]
-    longest = {"prompt": 0, "response": 0}
-    for part in parts:
-        for row in make_task(part["source"].removeprefix("task:"), "train", 50):
-            words = {"prompt": part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])}
-            words["response"] = f"{row['response']} <eos>"
-            longest = {name: max(longest[name], len(text.split())) for name, text in words.items()}
-    assert longest == {"prompt": d.prompt, "response": d.longest}
+
+    def longest(parts: list[Row]) -> list[int]:
+        """Words of the longest prompt and response."""
+        found = [0, 0]
+        for part in parts:
+            for row in make_task(part["source"].removeprefix("task:"), "train", 50):
+                prompt = part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])
+                texts = prompt, f"{row['response']} <eos>"
+                found = [max(n, len(text.split())) for n, text in zip(found, texts, strict=True)]
+        return found
+
+    variants = dict(d.variants)
+    if longer := variants.pop("longer", None):
+        assert longest([longer]) == [longer["max_prompt"], d.longer]
+    assert longest([*d.corpus["mix"].values(), d.main, *variants.values()]) == [d.prompt, d.longest]
     main = make_task(d.main["source"].removeprefix("task:"), "train", 50)
     assert {len(row["response"].split()) + 1 for row in main} == {d.response}
 

@@ -222,14 +222,19 @@ def _prompts(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _horizon(rows: Sequence[Row]) -> list[Check]:
-    shortest, *_, long, longest = sorted(rows[0]["runs"], key=int)
+def _late_rise(row: Row, run: str) -> float:
+    """Of the entropy in the last quarter of positions, from the first steps to the last."""
+    first, last = row["runs"][run]["student_entropy_by_position"]
+    quarter = max(1, len(first) // 4)
+    return float(np.mean(last[-quarter:]) - np.mean(first[-quarter:]))
 
-    def rise(row: Row) -> float:
-        """Of the entropy in the last quarter of positions, from the first steps to the last."""
-        first, last = row["runs"][longest]["student_entropy_by_position"]
-        quarter = max(1, len(first) // 4)
-        return float(np.mean(last[-quarter:]) - np.mean(first[-quarter:]))
+
+def _lengths(rows: Sequence[Row]) -> list[str]:
+    return sorted(rows[0]["runs"], key=int)
+
+
+def _horizon(rows: Sequence[Row]) -> list[Check]:
+    shortest, *_, long, longest = _lengths(rows)
 
     def fall(row: Row) -> float:
         gains = [at["difference"]["value"] for at in row["depth"]["depths"]]
@@ -240,7 +245,15 @@ def _horizon(rows: Sequence[Row]) -> list[Check]:
              _between(rows, long, shortest), MARGIN),
         more("final accuracy, three quarters − all", _between(rows, long, longest), -MARGIN),
         more("gain of the teacher's continuation, first cut − last", [fall(r) for r in rows], MARGIN),
-        more("rise of the entropy at the end of responses (nats)", [rise(r) for r in rows]),
+        more("rise of the entropy at the end of responses (nats)", [_late_rise(r, longest) for r in rows]),
+    ]  # fmt: skip
+
+
+def _beyond(rows: Sequence[Row]) -> list[Check]:
+    *_, half, longest = _lengths(rows)
+    return [
+        more("final accuracy, half of the longest response − all", _between(rows, half, longest), -MARGIN),
+        more("rise of the entropy at the end of responses (nats)", [_late_rise(r, longest) for r in rows]),
     ]  # fmt: skip
 
 
@@ -270,6 +283,15 @@ def _top_k(rows: Sequence[Row]) -> list[Check]:
     ]
 
 
+def _top_k_closed(rows: Sequence[Row]) -> list[Check]:
+    return [
+        alike("sampled − published, k = 8", _between(rows, "sampled", "eight")),
+        alike("sampled − Eq. 5, k = 4, with an outcome for the rest", _between(rows, "sampled", "four and the rest")),
+        more("Eq. 5, k = 4, with an outcome for the rest − without",
+             _between(rows, "four and the rest", "four"), MARGIN),
+    ]  # fmt: skip
+
+
 def _remedy(rows: Sequence[Row]) -> list[Check]:
     return [
         more("final accuracy, with reward − teacher alone", _between(rows, "with reward", "teacher alone"), MARGIN),
@@ -290,8 +312,10 @@ CLAIMS = (
     Claim("6", "5.1", "A cold start on the teacher's responses overlaps more, ends higher, is steadier.", _cold_start),
     Claim("7", "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
+    Claim("8+", "6.1+", "Further: so it is where the teacher itself does not know how to go on.", _beyond),
     Claim("9", "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
     Claim("9b", "6.2", "Its untested guess: gradients of a teacher that fails cancel more.", _coherence),
     Claim("10", "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),
+    Claim("10+", "6.3+", "Further: lists of 4 lack the mass outside of them; twice as many do not.", _top_k_closed),
     Claim("+", "remedy", "Beyond the paper: a reward beside a failing teacher leads beyond it.", _remedy),
 )  # fmt: skip

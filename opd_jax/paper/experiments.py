@@ -55,7 +55,7 @@ def other(lab: Lab) -> Run:
 
 def cold_started(lab: Lab) -> Run:
     """The student after a few steps of SFT on responses of ``other`` (§5.1)."""
-    data, key = lab.responses(other(lab).model, lab.preset.rows // 8)
+    data, key = lab.responses(other(lab).model, lab.preset.rows // 4)
     return lab.sft("cold", base(lab).model, data, lab.preset.cold, 5e-4, made_from=key)
 
 
@@ -74,8 +74,10 @@ def gradients(lab: Lab) -> Row:
     student, teachers = base(lab).model, [rewarded(lab).model, large(lab).model]
 
     def measure() -> Row:
-        paths, tokens = [model.path for model in teachers], 2 * lab.preset.rollouts
-        return analyse_gradients(student.path, paths, *_looked_at(lab, lab.domain.main), tokens=tokens, dtype="float32")
+        rollouts = lab.preset.rollouts // 8  # the time goes with them
+        looked_at = _looked_at(lab, lab.domain.main, rollouts=rollouts)
+        paths = [model.path for model in teachers]
+        return analyse_gradients(student.path, paths, *looked_at, tokens=4 * rollouts, dtype="float32")
 
     return lab.kept("gradients", [student, *teachers], measure)
 
@@ -104,9 +106,10 @@ def new_knowledge(lab: Lab) -> Row:
 
 def reverse(lab: Lab, **objective: Any) -> Row:
     """3.3: the student after GRPO learns from itself before it, and from the larger model. Scores in the middle of the
-    scale scatter most, and are compared here: four times as many problems."""
-    student, problems = rewarded(lab).model, 4 * lab.preset.problems
-    more: Row = {"evaluation": {"problems": problems, "data": lab.held_out(lab.domain.main, problems)}}
+    scale scatter most, and are compared here: twice as many problems, at half as many evaluations."""
+    student, problems, every = rewarded(lab).model, 2 * lab.preset.problems, max(1, lab.preset.steps // 2)
+    held_out = lab.held_out(lab.domain.main, problems)
+    more: Row = {"evaluation": {"problems": problems, "data": held_out, "every": every}}
     more["objective"] = objective
     runs = {
         "base": lab.opd("reverse-base", student, base(lab).model, more),
@@ -152,8 +155,7 @@ def supports(lab: Lab) -> Row:
 def supports_closed(lab: Lab) -> Row:
     """Further to 4.2: with one outcome for all tokens outside of the support, so that renormalising loses no mass."""
     runs = {
-        support: succeeding(lab, objective={"support": support, "tail": True})
-        for support in ("student", "overlap", "non_overlap")
+        support: succeeding(lab, objective={"support": support, "tail": True}) for support in ("student", "overlap")
     }
     runs["overlap alone"] = succeeding(lab, objective={"support": "overlap"})
     return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
@@ -200,6 +202,22 @@ def horizon(lab: Lab) -> Row:
     return row | {"depth": {name: depth[name] for name in ("depths", "by_depth")}}
 
 
+def horizon_beyond(lab: Lab) -> Row:
+    """Further to 6.1: problems longer than any that student or teacher has seen a text of, where the end of a response
+    lies outside of what the teacher knows."""
+    data, whole = lab.domain.variants["longer"], lab.domain.longer
+    runs = {
+        str(length): succeeding(
+            lab,
+            data=data,
+            evaluation={"data": lab.held_out(data), "max_response": whole},
+            rollout={"max_response": length},
+        )
+        for length in (round(whole * share) for share in (0.25, 0.5, 1))
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
 def rewards(lab: Lab) -> Row:
     """6.2: the mean reward of right and wrong rollouts, for a teacher that succeeds and one that fails."""
     teachers = {"rewarded": rewarded(lab).model, "large": large(lab).model}
@@ -235,6 +253,18 @@ def top_k(lab: Lab) -> Row:
     return row | {"gradients": departs, "noise_of_problems": found["batch"]["noise"]}
 
 
+def top_k_closed(lab: Lab) -> Row:
+    """Further to 6.3: lists of 4 with one outcome for all other tokens, and lists of twice as many."""
+    k = min(4, lab.domain.k)
+    runs = {
+        "sampled": succeeding(lab, objective={"name": "sampled"}),
+        "four": succeeding(lab, objective={"k": k}),
+        "four and the rest": succeeding(lab, objective={"k": k, "tail": True}),
+        "eight": succeeding(lab, objective={"name": "topk_reference", "k": min(8, lab.domain.k)}),
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
 def remedy(lab: Lab) -> Row:
     """Beyond the paper: the failing teacher of 3.2 beside the reward of right answers."""
     p = lab.preset
@@ -242,7 +272,8 @@ def remedy(lab: Lab) -> Row:
     runs = {
         "reward alone": lab.grpo("reward-alone", base(lab).model, lab.domain.main, p.steps, p.prompts // 4, 4),
         "teacher alone": failing(lab, **few),
-        "with reward": failing(lab, reward={"terms": {"answer": 1.0}}, **few),
+        # as much weight as leaves its advantages, which are of size 1, the greater part of the gradient
+        "with reward": failing(lab, reward={"terms": {"answer": 1.0}}, objective={"weight": 0.1}, **few),
     }
     return _row({"base": base(lab), "large": large(lab)}, runs)
 
@@ -258,8 +289,10 @@ EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
     "5.1": cold_start,
     "5.2": prompts,
     "6.1": horizon,
+    "6.1+": horizon_beyond,
     "6.2": rewards,
     "6.3": top_k,
+    "6.3+": top_k_closed,
     "remedy": remedy,
 }
 
@@ -273,7 +306,7 @@ def _row(models: Mapping[str, Run], runs: Mapping[str, Run]) -> Row:
     }
 
 
-def _looked_at(lab: Lab, data: Row, samples: int = 1) -> tuple[Data, Sampling]:
+def _looked_at(lab: Lab, data: Row, samples: int = 1, rollouts: int = 0) -> tuple[Data, Sampling]:
     held_out = Data.model_validate(lab.held_out(data))
     longest = lab.domain.longest if data != lab.domain.main else lab.domain.response
-    return held_out, Sampling(lab.preset.rollouts // samples, samples, longest, seed=lab.seed)
+    return held_out, Sampling((rollouts or lab.preset.rollouts) // samples, samples, longest, seed=lab.seed)

@@ -30,7 +30,7 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 5  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
+VERSION = 6  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
@@ -108,8 +108,7 @@ class Lab:
             vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
             network = DecoderConfig(
                 "llama", vocab_size, width=width, hidden=3 * width, layers=self.preset.layers, heads=4, kv_heads=4,
-                head_dim=width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256,
-                tie_embeddings=True,
+                head_dim=width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256, tie_embeddings=True,
             )  # fmt: skip
             save_model(
                 place, init_params(network, jax.random.key(1000 * self.seed + start)), network, tokenizer_from=tokenizer

@@ -38,11 +38,11 @@ PRESETS = {
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(
-        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=60, grpo=150, grpo_prompts=16,
-        steps=60, prompts=64, lr=7e-4, rows=16_384, problems=1024, evaluations=5, corners=5, numbers=8, rollouts=256,
+        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=150, grpo=150, grpo_prompts=16,
+        steps=60, prompts=64, lr=7e-4, rows=16_384, problems=1024, evaluations=3, corners=5, numbers=8, rollouts=256,
     ),
     "full": Preset(
-        width=256, layers=4, large_width=384, pretrain=3000, large_pretrain=2000, cold=200, grpo=400, grpo_prompts=32,
+        width=256, layers=4, large_width=384, pretrain=3000, large_pretrain=2000, cold=400, grpo=400, grpo_prompts=32,
         steps=200, prompts=128, lr=3e-4, rows=16_384, problems=2048, evaluations=8, corners=6, numbers=12, rollouts=512,
     ),
 }  # fmt: skip
@@ -62,6 +62,7 @@ class Domain:
     corpus: Row  # what student and larger teacher imitate: facts are shaky
     main: Row  # what teachers are made on, students learn from and are examined on; its responses know the facts
     variants: Mapping[str, Row]  # of main, for the experiments that are made on folds alone
+    longer: int = 0  # tokens of a response to the variant of this name, which is longer than any text
 
     @property
     def prompts(self) -> Row:
@@ -90,10 +91,11 @@ def folds(preset: Preset) -> Domain:
         "bare": task(n, template="plain"),
         "rotations": task(n, "-rotations"),
         "long": task(long),
+        "longer": task(2 * n, max_prompt=2 * n + 2),
     }
     return Domain(
         "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), variants=variants,
+        corpus={"mix": parts}, main=task(n), variants=variants, longer=5 * (2 * n - 1) + 3,
     )  # fmt: skip
 
 
