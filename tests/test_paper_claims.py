@@ -142,7 +142,7 @@ BORNE_OUT: dict[str, Row] = {
     },
     "6.1+": {
         "models": {},
-        "runs": {"5": run(0.3, 0.4), "10": run(0.3, 0.8), "20": run(0.3, 0.7)},
+        "runs": {"collapsed": run(0.3, 0.0)},
     },
     "6.2": {
         "models": {},
@@ -208,7 +208,7 @@ CONTRADICTED = {
     "5.1": swapped(BORNE_OUT["5.1"], "direct", "cold start"),
     "5.2": swapped(BORNE_OUT["5.2"], "aligned", "other content"),
     "6.1": BORNE_OUT["6.1"] | {"depth": depth(0.1, 0.4, 0.6)},
-    "6.1+": swapped(BORNE_OUT["6.1+"], "10", "5"),
+    "6.1+": {"runs": {"collapsed": run(0.3, 0.9)}},
     "6.2": swapped(BORNE_OUT["6.2"], "rewarded", "large", "ratio")
     | {"reward": {"rewarded": {"auroc": {"value": 0.8}}, "large": {"auroc": {"value": 0.3}}}},
     "6.3": swapped(BORNE_OUT["6.3"], "Eq. 5, k = 1", "published, k = 16"),

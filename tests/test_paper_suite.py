@@ -119,21 +119,14 @@ def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
     from opd_jax.data.tasks import make_task
 
     d = DOMAINS[domain](PRESETS[preset])
-
-    def longest(parts: list[Row]) -> list[int]:
-        """Words of the longest prompt and response."""
-        found = [0, 0]
-        for part in parts:
-            for row in make_task(part["source"].removeprefix("task:"), "train", 50):
-                prompt = part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])
-                texts = prompt, f"{row['response']} <eos>"
-                found = [max(n, len(text.split())) for n, text in zip(found, texts, strict=True)]
-        return found
-
-    variants = dict(d.variants)
-    if longer := variants.pop("longer", None):
-        assert longest([longer]) == [longer["max_prompt"], d.longer]
-    assert longest([*d.corpus["mix"].values(), d.main, *variants.values()]) == [d.prompt, d.longest]
+    parts = [*d.corpus["mix"].values(), d.main, *d.variants.values()]
+    longest = {"prompt": 0, "response": 0}
+    for part in parts:
+        for row in make_task(part["source"].removeprefix("task:"), "train", 50):
+            words = {"prompt": part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])}
+            words["response"] = f"{row['response']} <eos>"
+            longest = {name: max(longest[name], len(text.split())) for name, text in words.items()}
+    assert longest == {"prompt": d.prompt, "response": d.longest}
     main = make_task(d.main["source"].removeprefix("task:"), "train", 50)
     assert {len(row["response"].split()) + 1 for row in main} == {d.response}
 

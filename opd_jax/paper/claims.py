@@ -222,19 +222,14 @@ def _prompts(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _late_rise(row: Row, run: str) -> float:
-    """Of the entropy in the last quarter of positions, from the first steps to the last."""
-    first, last = row["runs"][run]["student_entropy_by_position"]
-    quarter = max(1, len(first) // 4)
-    return float(np.mean(last[-quarter:]) - np.mean(first[-quarter:]))
-
-
-def _lengths(rows: Sequence[Row]) -> list[str]:
-    return sorted(rows[0]["runs"], key=int)
+def _rise(row: Row, run: str, quarter: int) -> float:
+    """Of the entropy in a quarter of the positions, from the first steps to the last."""
+    first, last = (np.array_split(of, 4)[quarter] for of in row["runs"][run]["student_entropy_by_position"])
+    return float(np.mean(last) - np.mean(first))
 
 
 def _horizon(rows: Sequence[Row]) -> list[Check]:
-    shortest, *_, long, longest = _lengths(rows)
+    shortest, *_, long, longest = sorted(rows[0]["runs"], key=int)
 
     def fall(row: Row) -> float:
         gains = [at["difference"]["value"] for at in row["depth"]["depths"]]
@@ -245,16 +240,17 @@ def _horizon(rows: Sequence[Row]) -> list[Check]:
              _between(rows, long, shortest), MARGIN),
         more("final accuracy, three quarters − all", _between(rows, long, longest), -MARGIN),
         more("gain of the teacher's continuation, first cut − last", [fall(r) for r in rows], MARGIN),
-        more("rise of the entropy at the end of responses (nats)", [_late_rise(r, longest) for r in rows]),
+        more("rise of the entropy at the end of responses (nats)", [_rise(r, longest, -1) for r in rows]),
     ]  # fmt: skip
 
 
-def _beyond(rows: Sequence[Row]) -> list[Check]:
-    *_, half, longest = _lengths(rows)
+def _collapsed(rows: Sequence[Row]) -> list[Check]:
+    early, late = ([_rise(r, "collapsed", quarter) for r in rows] for quarter in (0, -1))
     return [
-        more("final accuracy, half of the longest response − all", _between(rows, half, longest), -MARGIN),
-        more("rise of the entropy at the end of responses (nats)", [_late_rise(r, longest) for r in rows]),
-    ]  # fmt: skip
+        more("accuracy lost", [-_gain(r, "collapsed") for r in rows], 0.1),
+        more("rise of the entropy at the end of responses (nats)", late),
+        more("rise of the entropy, end − beginning of responses (nats)", np.subtract(late, early).tolist()),
+    ]
 
 
 def _rewards(rows: Sequence[Row]) -> list[Check]:
@@ -312,7 +308,7 @@ CLAIMS = (
     Claim("6", "5.1", "A cold start on the teacher's responses overlaps more, ends higher, is steadier.", _cold_start),
     Claim("7", "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
-    Claim("8+", "6.1+", "Further: so it is where the teacher itself does not know how to go on.", _beyond),
+    Claim("8+", "6.1+", "Further: where a run does collapse, entropy rises from the end.", _collapsed),
     Claim("9", "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
     Claim("9b", "6.2", "Its untested guess: gradients of a teacher that fails cancel more.", _coherence),
     Claim("10", "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),

@@ -202,20 +202,18 @@ def horizon(lab: Lab) -> Row:
     return row | {"depth": {name: depth[name] for name in ("depths", "by_depth")}}
 
 
-def horizon_beyond(lab: Lab) -> Row:
-    """Further to 6.1: problems longer than any that student or teacher has seen a text of, where the end of a response
-    lies outside of what the teacher knows."""
-    data, whole = lab.domain.variants["longer"], lab.domain.longer
-    runs = {
-        str(length): succeeding(
-            lab,
-            data=data,
-            evaluation={"data": lab.held_out(data), "max_response": whole},
-            rollout={"max_response": length},
-        )
-        for length in (round(whole * share) for share in (0.25, 0.5, 1))
-    }
-    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+def horizon_collapsed(lab: Lab) -> Row:
+    """Further to 6.1: where does the entropy rise in a run that is made to collapse, by a learning rate 15 times as
+    high that does not fall?"""
+    whole, long = lab.domain.longest, lab.domain.variants["long"]
+    run = succeeding(
+        lab,
+        data=long,
+        evaluation={"data": lab.held_out(long), "max_response": whole},
+        rollout={"max_response": whole},
+        optimizer={"lr": 15 * lab.preset.lr, "schedule": "constant"},
+    )
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, {"collapsed": run})
 
 
 def rewards(lab: Lab) -> Row:
@@ -289,7 +287,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
     "5.1": cold_start,
     "5.2": prompts,
     "6.1": horizon,
-    "6.1+": horizon_beyond,
+    "6.1+": horizon_collapsed,
     "6.2": rewards,
     "6.3": top_k,
     "6.3+": top_k_closed,

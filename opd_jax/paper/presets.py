@@ -62,7 +62,6 @@ class Domain:
     corpus: Row  # what student and larger teacher imitate: facts are shaky
     main: Row  # what teachers are made on, students learn from and are examined on; its responses know the facts
     variants: Mapping[str, Row]  # of main, for the experiments that are made on folds alone
-    longer: int = 0  # tokens of a response to the variant of this name, which is longer than any text
 
     @property
     def prompts(self) -> Row:
@@ -91,11 +90,10 @@ def folds(preset: Preset) -> Domain:
         "bare": task(n, template="plain"),
         "rotations": task(n, "-rotations"),
         "long": task(long),
-        "longer": task(2 * n, max_prompt=2 * n + 2),
     }
     return Domain(
         "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), variants=variants, longer=5 * (2 * n - 1) + 3,
+        corpus={"mix": parts}, main=task(n), variants=variants,
     )  # fmt: skip
 
 
