@@ -40,6 +40,11 @@ SETTINGS = [  # configuration, topology, overrides
     (B, "v5p-16", f"{TRAINING} micro_batch=16"),
     (C, "v5p-32", f"{TRAINING} micro_batch=16 rollout.max_response=15360"),
     (A, "v6e-16", f"{TRAINING} micro_batch=16 rollout.max_response=15360 rollout.slots=192"),
+    # one of each shape in configs/paper, evaluation included
+    ("paper/3.1_mismatched", "v5e-64", ""),
+    ("paper/3.2_r1_larger", "v5e-64", ""),
+    ("paper/4.1_success", "v5e-64", ""),
+    ("paper/6.1_horizon", "v5e-64", "rollout.slots=128"),
 ]
 COLUMNS = (
     "run",
@@ -85,7 +90,7 @@ def _row(name: str, topology: str, overrides: str, result: dict[str, Any]) -> li
     return [
         name,
         topology,
-        f"`{overrides}`",
+        f"`{overrides}`" if overrides else "as it stands",
         "fits" if result["fits"] else f"over by {-result['spare_bytes']:,} B",
         result["peak_bytes"] / GIB,
         result["spare_bytes"] / GIB,
