@@ -147,9 +147,9 @@ BORNE_OUT: dict[str, Row] = {
     "6.2": {
         "models": {},
         "runs": {},
-        "reward": {"rewarded": {"auroc": {"value": 0.8}}, "large": {"auroc": {"value": 0.7}}},
-        "coherence": {"rewarded": 0.3, "large": 0.1},
-        "ratio": {"rewarded": 3.0, "large": 1.0},
+        "reward": {name: {"auroc": {"value": 0.8}} for name in ("rewarded", "large", "mismatched")},
+        "coherence": {"rewarded": 0.3, "large": 0.1, "mismatched": 0.2},
+        "ratio": {"rewarded": 3.0, "large": 1.0, "mismatched": 2.0},
     },
     "6.3": {
         "models": {},
@@ -210,7 +210,7 @@ CONTRADICTED = {
     "6.1": BORNE_OUT["6.1"] | {"depth": depth(0.1, 0.4, 0.6)},
     "6.1+": {"runs": {"collapsed": run(0.3, 0.9)}},
     "6.2": swapped(BORNE_OUT["6.2"], "rewarded", "large", "ratio")
-    | {"reward": {"rewarded": {"auroc": {"value": 0.8}}, "large": {"auroc": {"value": 0.3}}}},
+    | {"reward": {name: {"auroc": {"value": 0.3}} for name in ("rewarded", "large", "mismatched")}},
     "6.3": swapped(BORNE_OUT["6.3"], "Eq. 5, k = 1", "published, k = 16"),
     "6.3+": swapped(BORNE_OUT["6.3+"], "four", "four and the rest"),
     "remedy": swapped(BORNE_OUT["remedy"], "teacher alone", "with reward"),

@@ -126,7 +126,7 @@ def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
             words = {"prompt": part["template"].replace("{problem}", row["problem"]).replace("plain", row["problem"])}
             words["response"] = f"{row['response']} <eos>"
             longest = {name: max(longest[name], len(text.split())) for name, text in words.items()}
-    assert longest == {"prompt": d.prompt, "response": d.longest}
+    assert longest == {"prompt": d.prompt, "response": d.response}
     main = make_task(d.main["source"].removeprefix("task:"), "train", 50)
     assert {len(row["response"].split()) + 1 for row in main} == {d.response}
 

@@ -255,15 +255,24 @@ def _collapsed(rows: Sequence[Row]) -> list[Check]:
 
 def _rewards(rows: Sequence[Row]) -> list[Check]:
     return [
-        more(f"AUROC of the mean reward, {text}", [r["reward"][name]["auroc"]["value"] for r in rows], 0.5)
-        for name, text in (("rewarded", "teacher that succeeds"), ("large", "teacher that fails"))
+        _auroc(rows, "rewarded", "teacher that succeeds"),
+        _auroc(rows, "large", "teacher that fails and knows no more"),
     ]
+
+
+def _rewards_mismatched(rows: Sequence[Row]) -> list[Check]:
+    return [_auroc(rows, "mismatched", "teacher that fails and knows more")]
+
+
+def _auroc(rows: Sequence[Row], name: str, told: str) -> Check:
+    return more(f"AUROC of the mean reward, {told}", [r["reward"][name]["auroc"]["value"] for r in rows], 0.5)
 
 
 def _coherence(rows: Sequence[Row]) -> list[Check]:
     return [
-        more("coherence of token gradients over that of orthogonal ones, success − failure",
-             [r["ratio"]["rewarded"] - r["ratio"]["large"] for r in rows])
+        more(f"coherence of token gradients over that of orthogonal ones, success − {told}",
+             [r["ratio"]["rewarded"] - r["ratio"][name] for r in rows])
+        for name, told in (("large", "failure that knows no more"), ("mismatched", "failure that knows more"))
     ]  # fmt: skip
 
 
@@ -310,6 +319,7 @@ CLAIMS = (
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
     Claim("8+", "6.1+", "Further: where a run does collapse, entropy rises from the end.", _collapsed),
     Claim("9", "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
+    Claim("9+", "6.2", "Further: it does for a teacher that fails though it knows more.", _rewards_mismatched),
     Claim("9b", "6.2", "Its untested guess: gradients of a teacher that fails cancel more.", _coherence),
     Claim("10", "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),
     Claim("10+", "6.3+", "Further: lists of 4 lack the mass outside of them; twice as many do not.", _top_k_closed),

@@ -56,7 +56,7 @@ def other(lab: Lab) -> Run:
 def cold_started(lab: Lab) -> Run:
     """The student after a few steps of SFT on responses of ``other`` (§5.1)."""
     data, key = lab.responses(other(lab).model, lab.preset.rows // 4)
-    return lab.sft("cold", base(lab).model, data, lab.preset.cold, 5e-4, made_from=key)
+    return lab.sft("cold", base(lab).model, data, lab.preset.cold, PRETRAIN_LR, made_from=key)
 
 
 def succeeding(lab: Lab, **settings: Any) -> Run:
@@ -71,11 +71,11 @@ def failing(lab: Lab, **settings: Any) -> Run:
 
 def gradients(lab: Lab) -> Row:
     """Token gradients at the student's states, by teacher: coherence, and how each objective departs from full."""
-    student, teachers = base(lab).model, [rewarded(lab).model, large(lab).model]
+    student, teachers = base(lab).model, [rewarded(lab).model, large(lab).model, other(lab).model]
 
     def measure() -> Row:
         rollouts = lab.preset.rollouts // 8  # the time goes with them
-        looked_at = _looked_at(lab, lab.domain.main, rollouts=rollouts)
+        looked_at = _looked_at(lab, rollouts=rollouts)
         paths = [model.path for model in teachers]
         return analyse_gradients(student.path, paths, *looked_at, tokens=4 * rollouts, dtype="float32")
 
@@ -186,18 +186,16 @@ def prompts(lab: Lab) -> Row:
 
 
 def horizon(lab: Lab) -> Row:
-    """6.1: problems half as long again as those that the teacher was made on; the longest response that is sampled and
-    learnt from; and whether the teacher still knows better where the student has gone far."""
-    whole, long = lab.domain.longest, lab.domain.variants["long"]
-    examined = {"data": lab.held_out(long), "max_response": whole}
-
-    def run(length: int) -> Run:
-        return succeeding(lab, data=long, evaluation=examined, rollout={"max_response": length})
-
-    runs = {str(length): run(length) for length in (round(whole * share) for share in (0.125, 0.25, 0.5, 0.75, 1))}
+    """6.1: the longest response that is sampled and learnt from; and whether the teacher still knows better where the
+    student has gone far."""
+    whole = lab.domain.response
+    runs = {
+        str(length): succeeding(lab, rollout={"max_response": length})
+        for length in (round(whole * share) for share in (0.125, 0.25, 0.5, 0.75, 1))
+    }
     depths = [round(whole * share) for share in (0, 0.2, 0.4, 0.6, 0.8)]
     student, teacher = base(lab).model, rewarded(lab).model
-    depth = analyse_depth(student.path, teacher.path, *_looked_at(lab, long), depths, 4, dtype="float32")
+    depth = analyse_depth(student.path, teacher.path, *_looked_at(lab), depths, 4, dtype="float32")
     row = _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
     return row | {"depth": {name: depth[name] for name in ("depths", "by_depth")}}
 
@@ -205,29 +203,22 @@ def horizon(lab: Lab) -> Row:
 def horizon_collapsed(lab: Lab) -> Row:
     """Further to 6.1: where does the entropy rise in a run that is made to collapse, by a learning rate 15 times as
     high that does not fall?"""
-    whole, long = lab.domain.longest, lab.domain.variants["long"]
-    run = succeeding(
-        lab,
-        data=long,
-        evaluation={"data": lab.held_out(long), "max_response": whole},
-        rollout={"max_response": whole},
-        optimizer={"lr": 15 * lab.preset.lr, "schedule": "constant"},
-    )
+    run = succeeding(lab, optimizer={"lr": 15 * lab.preset.lr, "schedule": "constant"})
     return _row({"base": base(lab), "rewarded": rewarded(lab)}, {"collapsed": run})
 
 
 def rewards(lab: Lab) -> Row:
-    """6.2: the mean reward of right and wrong rollouts, for a teacher that succeeds and one that fails."""
-    teachers = {"rewarded": rewarded(lab).model, "large": large(lab).model}
-    paths = [model.path for model in teachers.values()]
-    found = analyse_reward(base(lab).model.path, paths, *_looked_at(lab, lab.domain.main, 4), dtype="float32")
+    """6.2: the mean reward of right and wrong rollouts, for a teacher that succeeds and two that fail, one of which
+    knows no more than the student, and one of which knows all and thinks otherwise."""
+    teachers = {"rewarded": rewarded(lab), "large": large(lab), "mismatched": other(lab)}
+    paths = [run.model.path for run in teachers.values()]
+    found = analyse_reward(base(lab).model.path, paths, *_looked_at(lab, 4), dtype="float32")
     kept = ("auroc", "auroc_within", "auroc_gain")
     of_teacher = [{name: row[name] for name in kept if name in row} for row in found["teachers"]]
-    models: dict[str, Run] = {"base": base(lab), "rewarded": rewarded(lab), "large": large(lab)}
     # ratio: what gradients of these norms that are orthogonal have does not depend on how unequal the norms are
     agreement = [row["coherence"]["all"] for row in gradients(lab)["teachers"]]
     kinds = {kind: [row[kind]["value"] for row in agreement] for kind in ("coherence", "ratio")}
-    return _row(models, {}) | {
+    return _row({"base": base(lab)} | teachers, {}) | {
         "reward": dict(zip(teachers, of_teacher, strict=True)),
         **{kind: dict(zip(teachers, values, strict=True)) for kind, values in kinds.items()},
     }
@@ -304,7 +295,7 @@ def _row(models: Mapping[str, Run], runs: Mapping[str, Run]) -> Row:
     }
 
 
-def _looked_at(lab: Lab, data: Row, samples: int = 1, rollouts: int = 0) -> tuple[Data, Sampling]:
-    held_out = Data.model_validate(lab.held_out(data))
-    longest = lab.domain.longest if data != lab.domain.main else lab.domain.response
-    return held_out, Sampling((rollouts or lab.preset.rollouts) // samples, samples, longest, seed=lab.seed)
+def _looked_at(lab: Lab, samples: int = 1, rollouts: int = 0) -> tuple[Data, Sampling]:
+    problems = (rollouts or lab.preset.rollouts) // samples
+    held_out = Data.model_validate(lab.held_out(lab.domain.main))
+    return held_out, Sampling(problems, samples, lab.domain.response, seed=lab.seed)

@@ -30,7 +30,7 @@ from opd_jax.training.loop import train
 
 Row = dict[str, Any]
 
-VERSION = 6  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
+VERSION = 7  # of what a run means beyond its settings (corpora, networks, code); a change makes all of them anew
 CURVES = (
     "accuracy", "overlap_ratio", "overlap_mass_student", "overlap_advantage", "entropy_gap", "student_entropy",
     "reverse_kl", "forward_kl_teacher_rollouts", "response_length",
@@ -121,7 +121,7 @@ class Lab:
             "kind": "sft",
             "steps": steps,
             "data": self.domain.prompts | data | {"response": "response"},
-            "rollout": {"prompts": 64, "samples": 1, "max_response": self.domain.longest},
+            "rollout": {"prompts": 64, "samples": 1, "max_response": self.domain.response},
             "optimizer": {"lr": lr, "b2": 0.95, "schedule": "cosine", "warmup": min(20, steps // 2)},
         }
         return self._run(name, settings, student, made_from=made_from)

@@ -38,7 +38,7 @@ PRESETS = {
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(
-        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=150, grpo=150, grpo_prompts=16,
+        width=128, layers=2, large_width=192, pretrain=1200, large_pretrain=1000, cold=300, grpo=150, grpo_prompts=16,
         steps=60, prompts=64, lr=7e-4, rows=16_384, problems=1024, evaluations=3, corners=5, numbers=8, rollouts=256,
     ),
     "full": Preset(
@@ -56,8 +56,7 @@ class Domain:
     task: str  # whose words the tokenizer has
     k: int  # of the lists of most probable tokens
     prompt: int  # tokens of the longest prompt
-    response: int  # tokens of the longest response of the main task
-    longest: int  # tokens of the longest response of the corpus
+    response: int  # tokens of the longest response
     rows: int  # of each source
     corpus: Row  # what student and larger teacher imitate: facts are shaky
     main: Row  # what teachers are made on, students learn from and are examined on; its responses know the facts
@@ -74,26 +73,20 @@ TEMPLATE = "so {problem}"  # of the teacher's own prompts (§5.2); the corpus al
 def folds(preset: Preset) -> Domain:
     """Products in a finite group, ``data/folds.py``: five tokens a step and three at the end. The template asks for a
     fold from the left; without it the corpus folds from the right."""
-    n, short, long = preset.numbers, max(2, preset.numbers // 2), preset.numbers * 3 // 2
+    kind, n = f"dihedral-{preset.corners}x{preset.numbers}", preset.numbers
 
-    def task(numbers: int, suffix: str = "", **settings: Any) -> Row:
-        return {"source": f"task:dihedral-{preset.corners}x{numbers}{suffix}", "template": TEMPLATE} | settings
+    def task(suffix: str = "", **settings: Any) -> Row:
+        return {"source": f"task:{kind}{suffix}", "template": TEMPLATE} | settings
 
-    parts = {
-        "main": task(n, "-shaky", weight=4.0),
-        "bare": task(n, "-shaky-right", weight=2.0, template="plain"),
-        "short": task(short, "-shaky", weight=2.0),
-        "long": task(long, "-shaky", weight=1.5),
-    }
+    parts = {"main": task("-shaky", weight=2.0), "bare": task("-shaky-right", template="plain")}
     variants = {
-        "other": task(n, "-middle"),  # texts of somebody who knows the facts and thinks otherwise
-        "bare": task(n, template="plain"),
-        "rotations": task(n, "-rotations"),
-        "long": task(long),
+        "other": task("-middle"),  # texts of somebody who knows the facts and thinks otherwise
+        "bare": task(template="plain"),
+        "rotations": task("-rotations"),
     }
     return Domain(
-        "folds", f"dihedral-{preset.corners}x{n}", 16, long + 2, 5 * (n - 1) + 3, 5 * (long - 1) + 3, preset.rows,
-        corpus={"mix": parts}, main=task(n), variants=variants,
+        "folds", kind, 16, n + 2, 5 * (n - 1) + 3, preset.rows,
+        corpus={"mix": parts}, main=task(), variants=variants,
     )  # fmt: skip
 
 
@@ -105,9 +98,9 @@ def products(preset: Preset) -> Domain:
     def task(suffix: str = "", **settings: Any) -> Row:
         return {"source": f"task:products-{modulus}x{n}{suffix}", "template": TEMPLATE} | settings
 
-    parts = {"main": task("-shaky", weight=4.0), "bare": task("-shaky", weight=2.0, template="plain")}
+    parts = {"main": task("-shaky", weight=2.0), "bare": task("-shaky", template="plain")}
     return Domain(
-        "products", f"products-{modulus}x{n}", 8, 2 * n + 3, 6 * (n - 1) + 3, 6 * (n - 1) + 3, preset.rows,
+        "products", f"products-{modulus}x{n}", 8, 2 * n + 3, 6 * (n - 1) + 3, preset.rows,
         corpus={"mix": parts}, main=task(), variants={},
     )  # fmt: skip
 
