@@ -48,7 +48,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
     assert not failed
     found = tell(rows, results)
-    assert len(found["claims"]) == 19
+    assert len(found["claims"]) == 20
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
