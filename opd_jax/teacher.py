@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from opd_jax.sampling.states import hidden_states
 from opd_jax.types import Params, Scores, Sequences
 
 
+@functools.lru_cache(maxsize=8)  # runs of one process share what is compiled
 def make_score(
     config: DecoderConfig,
     *,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from test_paper_claims import BORNE_OUT, seeds
 
 from opd_jax.errors import InputError, Interrupted
@@ -107,10 +108,37 @@ def test_an_experiment_that_fails_leaves_the_others_alone(tmp_path: Path, monkey
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(worker, "EXPERIMENTS", {"3.1": broken, "6.3": lambda _: {"models": {}}})
-    assert worker.work("smoke", "folds", 1, ["3.1", "6.3"], tmp_path, tmp_path) == [
-        "3.1: ZeroDivisionError: by nothing"
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["folds-6.3-seed1.json"]
+    failed = worker.work("smoke", "folds", 1, ["3.1", "6.3"], tmp_path, tmp_path)
+    assert failed == ["3.1: ZeroDivisionError: by nothing"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["folds-6.3-seed1.json"]
+
+
+def test_a_worker_leaves_alone_what_another_is_at_or_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path, "folds", "3.2")
+    monkeypatch.setattr(worker, "EXPERIMENTS", {"6.3": lambda _: {"models": {}}})
+    with FileLock(tmp_path / "folds-3.1-seed1.lock"):
+        assert not worker.work("smoke", "folds", 1, ["3.1", "3.2", "6.3"], tmp_path, tmp_path)
+    assert not result_path(tmp_path, "folds", "3.1", 1).exists()
+    assert result_path(tmp_path, "folds", "6.3", 1).exists()
+
+
+def test_a_worker_without_a_seed_of_its_own_helps_from_the_other_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def start(given: Row, *_: Any) -> subprocess.Popen[bytes]:
+        asked.append(given["experiments"])
+        if len(asked) == 2:
+            for name in given["experiments"]:
+                store(tmp_path / "r", "folds", name)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"])
+
+    monkeypatch.setattr(suite, "_start", start)
+    rows, failed = run_experiments("smoke", [1], ["3.1", "3.3", "5.1"], tmp_path / "o", tmp_path / "r", 3)
+    assert asked[:2] == [["3.1", "3.3", "5.1"], ["5.1", "3.3", "3.1"]]
+    assert len(rows) == 3
+    assert not failed
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -119,6 +119,7 @@ def batches_of(rollouts: Rollouts, panel: Panel) -> Iterator[Rollouts]:
         yield jax.tree.map(lambda x, rows=rows: x[rows], rollouts)
 
 
+@functools.lru_cache(maxsize=8)  # runs of one process share what is compiled
 def make_measure(
     student: DecoderConfig,
     *,

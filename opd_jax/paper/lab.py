@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from filelock import FileLock
 
 from opd_jax.checkpoints.export import export_run
 from opd_jax.config import Data
@@ -103,16 +104,16 @@ class Lab:
         sizes = {"width": width, "layers": self.preset.layers, "task": self.domain.task, "seed": self.seed}
         key = _hash([VERSION, sizes, start])
         place = self.root / f"random-{key}"
-        if not place.exists():
-            tokenizer = self.root / f"tokenizer-{_hash([VERSION, self.domain.task])}-{self.seed}"
-            vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
-            network = DecoderConfig(
-                "llama", vocab_size, width=width, hidden=3 * width, layers=self.preset.layers, heads=4, kv_heads=4,
-                head_dim=width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256, tie_embeddings=True,
-            )  # fmt: skip
-            save_model(
-                place, init_params(network, jax.random.key(1000 * self.seed + start)), network, tokenizer_from=tokenizer
-            )
+        tokenizer = self.root / f"tokenizer-{_hash([VERSION, self.domain.task])}-{self.seed}"
+        with _alone(tokenizer):
+            if not place.exists():
+                vocab_size = write_task_tokenizer(tokenizer, self.domain.task)
+                network = DecoderConfig(
+                    "llama", vocab_size, width=width, hidden=3 * width, layers=self.preset.layers, heads=4, kv_heads=4,
+                    head_dim=width // 4, norm_eps=1e-6, rope_theta=1e4, max_positions=256, tie_embeddings=True,
+                )  # fmt: skip
+                params = init_params(network, jax.random.key(1000 * self.seed + start))
+                save_model(place, params, network, tokenizer_from=tokenizer)
         return Model("random", place, key)
 
     def sft(self, name: str, student: Model, data: Row, steps: int, lr: float, made_from: str = "") -> Run:
@@ -165,21 +166,24 @@ class Lab:
         key = _hash([model.key, count, self.seed])
         out, whole = self.root / f"responses-{key}.jsonl", self.root / f"responses-{key}-whole.jsonl"
         data = Data.model_validate(self.domain.prompts | self.domain.main | {"limit": count})
-        if not whole.exists():
-            generate_file(
-                model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
-                slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
-            )  # fmt: skip
-            lines = out.read_text().splitlines(keepends=True)
-            write_atomically(epath.Path(whole), "".join(x for x in lines if json.loads(x)["finish_reason"] == "stop"))
+        with _alone(whole):
+            if not whole.exists():
+                generate_file(
+                    model.path, data, out, samples=1, problems=None, max_response=self.domain.response, law=Law(1.0),
+                    slots=256, seed=self.seed, dtype="float32", resume=out.exists(),
+                )  # fmt: skip
+                lines = out.read_text().splitlines(keepends=True)
+                ended = (line for line in lines if json.loads(line)["finish_reason"] == "stop")
+                write_atomically(epath.Path(whole), "".join(ended))
         # an untrained model may say nothing
         return {"source": str(whole), "template": self.domain.main["template"], "skip_bad": True}, key
 
     def kept(self, name: str, models: Sequence[Model], measure: Callable[[], Row]) -> Row:
         """What was measured on models; from its file where it has been."""
         path = self.root / f"{name}-{self.seed}-{_hash([VERSION, self.preset.rollouts, *(m.key for m in models)])}.json"
-        if not path.exists():
-            write_atomically(epath.Path(path), json.dumps(measure()) + "\n")
+        with _alone(path):
+            if not path.exists():
+                write_atomically(epath.Path(path), json.dumps(measure()) + "\n")
         return json.loads(path.read_text())
 
     def held_out(self, data: Row, problems: int = 0) -> Row:
@@ -207,21 +211,27 @@ class Lab:
         key = _hash([VERSION, config | {"data": data}, made_from, student.key, teacher.key if teacher else None])
         place = self.root / f"{name}-{self.seed}-{key}"
         run_dir, result = place / "run", place / "result.json"
-        if not result.exists():
-            config |= {"run_dir": str(run_dir), "student": {"path": str(student.path)}}
-            if teacher:
-                config["teacher"] = {"path": str(teacher.path)}
-            began = time.process_time()
-            resume = (run_dir / "config.yaml").exists()
-            rows = train(parse_config(config), resume=resume, title=f"{name} {self.seed}", report=False)
-            if not (place / "model").exists():
-                export_run(str(run_dir), str(place / "model"))
-            row = {"evaluations": rows, "cpu_seconds": time.process_time() - began}
-            write_atomically(epath.Path(result), json.dumps(row) + "\n")
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        with _alone(place):
+            if not result.exists():
+                config |= {"run_dir": str(run_dir), "student": {"path": str(student.path)}}
+                if teacher:
+                    config["teacher"] = {"path": str(teacher.path)}
+                began = time.process_time()
+                resume = (run_dir / "config.yaml").exists()
+                rows = train(parse_config(config), resume=resume, title=f"{name} {self.seed}", report=False)
+                if not (place / "model").exists():
+                    export_run(str(run_dir), str(place / "model"))
+                row = {"evaluations": rows, "cpu_seconds": time.process_time() - began}
+                write_atomically(epath.Path(result), json.dumps(row) + "\n")
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         held = json.loads(result.read_text())
         steps = read_rows(epath.Path(run_dir) / "metrics.jsonl")
         return Run(held["evaluations"], steps, held["cpu_seconds"], Model(name, place / "model", key))
+
+
+def _alone(place: Path) -> FileLock:
+    """Held while a thing is made: of several processes one makes it, and the others wait for it."""
+    return FileLock(place.with_name(f"{place.name}.lock"))
 
 
 def _rounded(value: Any) -> float:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from opd_jax.paper.worker import result_path, settings
 from opd_jax.tracking.console import console
 
 Row = dict[str, Any]
+Key = tuple[str, int]  # domain and seed
 
 # All claims are examined on folds, those that a second domain is to bear out on products, too.
 PLAN: Mapping[str, Sequence[str]] = {
@@ -81,7 +83,7 @@ def run_experiments(
         for experiment in experiments
         if not only or experiment in only
     ]
-    jobs: dict[tuple[str, int], list[str]] = {}
+    jobs: dict[Key, list[str]] = {}
     for domain, experiment, seed in wanted:
         if _stored(results, domain, experiment, seed, preset) is None:
             jobs.setdefault((domain, seed), []).append(experiment)
@@ -113,7 +115,7 @@ def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str)
 
 
 def _run_all(
-    jobs: Mapping[tuple[str, int], list[str]],
+    jobs: Mapping[Key, list[str]],
     preset: str,
     out: Path,
     results: Path,
@@ -121,33 +123,42 @@ def _run_all(
     total: int,
     stop: threading.Event | None,
 ) -> str:
-    waiting, running, failed = list(jobs.items()), {}, []
-    left = [result_path(results, domain, name, seed) for (domain, seed), names in jobs.items() for name in names]
-    done = total - len(left)
+    paths = {key: [result_path(results, key[0], name, key[1]) for name in names] for key, names in jobs.items()}
+    waiting, running, started, failed = list(jobs), [], Counter(), set()
+    begun = done = total - sum(map(len, paths.values()))
+
+    def left(key: Key) -> int:
+        return sum(not path.exists() for path in paths[key])
+
+    def to_help() -> Key | None:
+        """A job with more to do than processes at it."""
+        at = Counter(key for key, _ in running)
+        more = [key for key in at if left(key) > at[key] and started[key] < workers]
+        return max(more, key=left, default=None)
+
     try:
-        with console.progress(total, "paper", start=done, unit="experiment", show=()) as bar:
+        with console.progress(total, "paper", start=begun, unit="experiment", show=()) as bar:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    (domain, seed), names = waiting.pop(0)
-                    given = {"preset": preset, "domain": domain, "seed": seed, "experiments": names}
-                    running[(domain, seed)] = _start(given, out, results, workers)
+                while len(running) < workers and (key := waiting.pop(0) if waiting else to_help()):
+                    names = jobs[key][:: -1 if started[key] % 2 else 1]  # who helps begins at the other end
+                    given = {"preset": preset, "domain": key[0], "seed": key[1], "experiments": names}
+                    running.append((key, _start(given, out, results, workers)))
+                    started[key] += 1
                 time.sleep(0.5)
-                for key, process in list(running.items()):
-                    if process.poll() is not None:
-                        del running[key]
-                        if process.returncode:
-                            failed.append(_log(out, *key))
-                if (now := total - sum(not path.exists() for path in left)) > done:
+                ended = [(key, process) for key, process in running if process.poll() is not None]
+                failed |= {_log(out, *key) for key, process in ended if process.returncode}
+                running = [each for each in running if each not in ended]
+                if (now := total - sum(map(left, jobs))) > done:
                     done = now
                     bar.update(done)
                 if stop is not None and stop.is_set():
                     raise Interrupted(f"stopped after {done} of {total} experiments; the same command goes on")
     finally:
-        for process in running.values():
+        for _, process in running:
             process.terminate()
     if not failed:
         return ""
-    tails = "\n".join(f"{log}: {_last_line(log)}" for log in failed)
+    tails = "\n".join(f"{log}: {_last_line(log)}" for log in sorted(failed))
     return f"{len(failed)} of {len(jobs)} workers failed; the same command goes on where they stopped.\n{tails}"
 
 

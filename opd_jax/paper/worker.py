@@ -1,4 +1,4 @@
-"""The experiments of one domain and one seed, in a process of their own, which ``suite`` starts."""
+"""Experiments of one domain and one seed, in a process of their own, which ``suite`` starts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from filelock import FileLock, Timeout
 
 from opd_jax.paper.experiments import EXPERIMENTS
 from opd_jax.paper.lab import VERSION, Lab
@@ -30,17 +31,24 @@ def settings(preset: str, domain: str) -> dict[str, Any]:
 
 
 def work(preset: str, domain: str, seed: int, experiments: list[str], out: Path, results: Path) -> list[str]:
-    """Runs experiments one after the other and writes the file of each when it is done; returns what failed and why."""
+    """Runs experiments one after the other and writes the file of each when it is done; returns what failed and why.
+
+    Those that another process is at, or has done, it leaves alone.
+    """
     lab, failed = Lab(DOMAINS[domain](PRESETS[preset]), PRESETS[preset], seed, out), []
     for name in experiments:
-        row = {"experiment": name, "domain": domain, "seed": seed, "settings": settings(preset, domain)}
+        path = result_path(results, domain, name, seed)
         try:
-            text = json.dumps(plain(row | EXPERIMENTS[name](lab)), allow_nan=False)
+            with FileLock(out / f"{path.stem}.lock", blocking=False):
+                if not path.exists():
+                    row = {"experiment": name, "domain": domain, "seed": seed, "settings": settings(preset, domain)}
+                    text = json.dumps(plain(row | EXPERIMENTS[name](lab)), allow_nan=False)
+                    write_atomically(epath.Path(path), text + "\n")
+        except Timeout:
+            continue
         except Exception as e:  # the others do not depend on it
             traceback.print_exc()
             failed.append(f"{name}: {type(e).__name__}: {e}")
-        else:
-            write_atomically(epath.Path(result_path(results, domain, name, seed)), text + "\n")
     return failed
 
 

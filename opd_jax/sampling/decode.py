@@ -84,6 +84,7 @@ class Engine:
         return ends | {"layers": [self.layer(stacked, i) for i in range(self.layers)]}
 
 
+@functools.lru_cache(maxsize=8)  # runs of one process share what is compiled
 def make_engine(
     config: DecoderConfig,
     *,
