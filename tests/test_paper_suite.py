@@ -70,6 +70,17 @@ def test_only_some_experiments(tmp_path: Path) -> None:
     assert [claim["experiment"] for claim in found["claims"]] == ["6.3"]
 
 
+@pytest.mark.usefixtures("no_workers")
+def test_seeds_done_before_count_too(tmp_path: Path) -> None:
+    store(tmp_path / "r", "folds", "6.3")
+    store(tmp_path / "r", "folds", "3.1")
+    result_path(tmp_path / "r", "folds", "3.1", 1).unlink()
+    rows, _ = run_experiments("smoke", [3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
+    found = tell(rows, tmp_path / "r")
+    assert found["seeds"] == [1, 2, 3]
+    assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [("1", 2), ("10", 3)]
+
+
 def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--only 6\.4: unknown experiment; expected some of 3\.1, 3\.2"):
         run_experiments("smoke", [1], ["6.4"], tmp_path / "o", tmp_path / "r", 1)
@@ -83,7 +94,7 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--out .*file/o: cannot be made"):
-        run_experiments("smoke", [1], ["3.1"], tmp_path / "file" / "o", tmp_path / "r", 1)
+        run_experiments("smoke", [1], ["3.1"], tmp_path / "file" / "o", tmp_path / "s", 1)
 
 
 def test_a_signal_stops_the_workers_and_the_command_goes_on_later(
@@ -137,7 +148,7 @@ def test_a_worker_without_a_seed_of_its_own_helps_from_the_other_end(
     monkeypatch.setattr(suite, "_start", start)
     rows, failed = run_experiments("smoke", [1], ["3.1", "3.3", "5.1"], tmp_path / "o", tmp_path / "r", 3)
     assert asked[:2] == [["3.1", "3.3", "5.1"], ["5.1", "3.3", "3.1"]]
-    assert len(rows) == 3
+    assert {row["experiment"] for row in rows} == {"3.1", "3.3", "5.1"}
     assert not failed
 
 

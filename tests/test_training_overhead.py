@@ -72,7 +72,7 @@ def test_nothing_compiles_after_the_second_step(
         evaluation={"data": data, "problems": 4, "samples": 2, "batch": 8, "every": 2},
     )  # fmt: skip
     train(config)
-    assert len(compiled[1]) > 5
+    assert "jit(update)" in compiled[1]
     # between the second row and the third, a first checkpoint
     assert set(compiled[2] + compiled[3]) <= {"jit(_bit_sums)", "jit(slice)"}, compiled
     assert not any(compiled[step] for step in range(4, 8)), compiled

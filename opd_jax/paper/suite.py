@@ -38,12 +38,12 @@ def tell(rows: Sequence[Row], results: Path) -> Row:
     found = judged(rows)
     console.table("claims of the paper, in miniature", HEADS, table_rows(found))
     page = results.with_name(f"{results.name}.md")
-    preset, seeds = rows[0]["settings"]["preset"], sorted({row["seed"] for row in rows})
-    write_page(rows, found, page, results, f"opd paper --preset {preset} --first-seed {seeds[0]} --seeds {len(seeds)}")
+    preset = rows[0]["settings"]["preset"]
+    write_page(rows, found, page, results, f"opd paper --preset {preset}")
     console.print(f"every effect with its interval: {page}")
     return {
         "preset": preset,
-        "seeds": seeds,
+        "seeds": sorted({row["seed"] for row in rows}),
         "claims": [
             {"claim": claim.number, "experiment": claim.experiment, "domain": domain, "verdict": verdict(checks)}
             | {"checks": [dataclasses.asdict(check) | {"verdict": check.verdict} for check in checks]}
@@ -61,7 +61,7 @@ def run_experiments(
     workers: int,
     stop: threading.Event | None = None,
 ) -> tuple[list[Row], str]:
-    """Does what is not done yet; returns the rows of the wanted (domain, experiment, seed), and what failed, if any.
+    """Does what is not done yet; returns the rows of all that ``results`` then holds, and what failed, if any.
 
     Args:
         only: experiments by section; empty: all.
@@ -83,9 +83,11 @@ def run_experiments(
         for experiment in experiments
         if not only or experiment in only
     ]
+    done = {(row["domain"], row["experiment"], row["seed"]) for row in _stored(results, preset)}
     jobs: dict[Key, list[str]] = {}
-    for domain, experiment, seed in wanted:
-        if _stored(results, domain, experiment, seed, preset) is None:
+    for each in wanted:
+        if each not in done:
+            domain, experiment, seed = each
             jobs.setdefault((domain, seed), []).append(experiment)
     failed = ""
     if jobs:
@@ -95,13 +97,20 @@ def run_experiments(
             except OSError as e:
                 raise InputError(f"{option} {place}: cannot be made ({e.strerror}). Give another directory.") from e
         failed = _run_all(jobs, preset, out, results, workers, len(wanted), stop)
-    return [row for each in wanted if (row := _stored(results, *each, preset)) is not None], failed
+    return _stored(results, preset), failed
 
 
-def _stored(results: Path, domain: str, experiment: str, seed: int, preset: str) -> Row | None:
-    path = result_path(results, domain, experiment, seed)
-    if not path.exists():
-        return None
+def _stored(results: Path, preset: str) -> list[Row]:
+    rows = [
+        _read(path, preset, domain)
+        for domain, experiments in PLAN.items()
+        for experiment in experiments
+        for path in sorted(results.glob(f"{domain}-{experiment}-seed*.json"))
+    ]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def _read(path: Path, preset: str, domain: str) -> Row:
     try:
         row = json.loads(path.read_text())
     except ValueError as e:
