@@ -74,7 +74,6 @@ class Claim:
     experiment: str  # and the paper's section
     text: str
     checks: Callable[[Sequence[Row]], list[Check]]  # of the rows of one experiment, one a seed
-    why: str = ""  # it may not hold; written after the seeds that decide it
 
 
 def verdict(checks: Sequence[Check]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -70,21 +71,24 @@ HEADS = ("claim", "section", "what it says", "domain", "verdict", "checks that h
 
 
 def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, command: str) -> None:
-    """Writes ``page`` and the PNGs it shows, which lie in ``figures``."""
+    """Writes ``page`` and the PNGs it shows, which lie in ``figures``.
+
+    ``reasons.yaml`` beside them, if there, says why a claim may not hold, by its number.
+    """
     found = by_experiment(rows)
     trained = {key: seconds for row in rows for key, seconds in row["cpu_seconds"].items()}
     checks = sum(len(checks) for *_, checks in judged)
     lines = [
         "# The paper in miniature",
         "",
-        f"Written by `{command}` from the results in `{figures.name}/`; nothing here is typed by hand. "
+        f"Written by `{command}` from the results in `{figures.name}/`; nothing but the reasons is typed by hand. "
         "What the experiments are and what a verdict means: docs/miniature.md of opd_jax.",
         "",
         _markdown(HEADS, table_rows(judged)),
         "",
         f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
         f"{sum(trained.values()) / 3600:.1f} CPU hours.",
-        *_not_reproduced(judged),
+        *_not_reproduced(judged, figures / "reasons.yaml"),
         "",
         "## Models",
         "",
@@ -135,8 +139,9 @@ def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _not_reproduced(judged: Judged) -> list[str]:
-    """The claims that do not hold or are undecided, by which checks, and why that may be."""
+def _not_reproduced(judged: Judged, reasons: Path) -> list[str]:
+    """The claims that do not hold or are undecided, by which checks, and why that may be, if ``reasons`` are given."""
+    why = yaml.safe_load(reasons.read_text()) if reasons.exists() else {}
     lines = []
     for claim, domain, checks in judged:
         if verdict(checks) != HOLDS:
@@ -146,7 +151,7 @@ def _not_reproduced(judged: Judged) -> list[str]:
                 if check.verdict != HOLDS
             )
             title = f"**Claim {claim.number}** (§{claim.experiment}) on {domain}, {verdict(checks)}"
-            lines.append(f"- {title}: {told}. {claim.why}".rstrip())
+            lines.append(f"- {title}: {told}. {why.get(claim.number, '')}".rstrip())
     return ["", "## What did not reproduce, and why that may be", "", *lines] if lines else []
 
 
