@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint types oracle long clean
+.PHONY: demo test lint types oracle smoke long clean
 
 demo: .venv/installed
 	$(BIN)/opd demo
@@ -15,6 +15,10 @@ test: .venv/installed-dev
 # The same numbers from other systems, live (transformers' models and their GGUF loading), and every combination.
 oracle: .venv/installed-torch
 	$(BIN)/pytest -n auto --dist loadfile --durations 20 -m "(torch or smollm2 or exhaustive) and not long"
+
+# `opd paper --preset smoke`: every experiment's code, two to four minutes of two cores.
+smoke: .venv/installed-dev
+	$(BIN)/pytest -n 0 --durations 1 -k test_smoke_runs_every_experiment tests/test_paper_suite.py
 
 # What CI has no time for, about three quarters of an hour.
 long: .venv/installed-dev

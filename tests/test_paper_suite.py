@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -170,12 +171,16 @@ def test_texts_are_as_long_as_a_domain_says(domain: str, preset: str) -> None:
     assert {len(row["response"].split()) + 1 for row in main} == {d.response}
 
 
-@pytest.mark.long
+@pytest.mark.long  # CI has `make smoke` for it, for it uses all cores
 def test_smoke_runs_every_experiment(tmp_path: Path) -> None:
     command = ["paper", "--preset", "smoke", "--seeds", "1"]
     command += ["--out", str(tmp_path / "paper"), "--json", str(tmp_path / "paper.json")]
     code = "from opd_jax.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    # each run compiles an update of its own, and both workers the rollouts
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], env=os.environ | cache, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "paper.json").read_text())
     assert {claim["experiment"] for claim in found["claims"]} == set(PLAN["folds"])

@@ -34,7 +34,7 @@ class Preset:
 
 PRESETS = {
     "smoke": Preset(
-        width=32, layers=1, large_width=48, pretrain=300, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
+        width=32, layers=1, large_width=32, pretrain=200, large_pretrain=20, cold=2, grpo=2, grpo_prompts=2, steps=3,
         prompts=8, lr=1e-3, rows=512, problems=16, evaluations=1, corners=3, numbers=4, rollouts=64,
     ),
     "mini": Preset(

@@ -31,6 +31,8 @@ PLAN: Mapping[str, Sequence[str]] = {
     "folds": list(dict.fromkeys(claim.experiment for claim in CLAIMS)),
     "products": ["3.2", "4.1", "4.2"],
 }
+# Nine runs of code that folds has run already.
+LEFT_OUT = {"smoke": [("products", "4.2")]}
 
 
 def tell(rows: Sequence[Row], results: Path) -> Row:
@@ -81,7 +83,7 @@ def run_experiments(
         for domain, experiments in PLAN.items()  # the long ones first: the short ones fill the workers at the end
         for seed in seeds
         for experiment in experiments
-        if not only or experiment in only
+        if (not only or experiment in only) and (domain, experiment) not in LEFT_OUT.get(preset, ())
     ]
     done = {(row["domain"], row["experiment"], row["seed"]) for row in _stored(results, preset)}
     jobs: dict[Key, list[str]] = {}
