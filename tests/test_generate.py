@@ -269,7 +269,7 @@ def test_damaged_weights_are_noticed(models: Path, tmp_path: Path, monkeypatch: 
         sample(models, tmp_path / "out.jsonl")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_signals_end_the_program_and_resume_completes(models: Path, tmp_path: Path) -> None:
     """SIGTERM: code 3; SIGKILL: nothing; then the rest, here on 8 devices instead of one."""
     log = tmp_path / "log"

@@ -237,9 +237,8 @@ def test_evaluations_and_other_meshes(
         assert read[i] == tokens[i] == own
 
 
-@pytest.mark.parametrize(
-    "lost", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_others_and_the_restart_is_exact(root: Path, two: tuple[Path, str], lost: int) -> None:
     config = config_of(root, f"lost{lost}")
     run, begun = Path(config.run_dir), time.monotonic()

@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
 ]
 EVERY = [(distillation_loss, v, t) for v in (7, 41, 1000, 4099) for t in ("float64", "float32", "bfloat16")]
 EVERY += [(reference_loss, v, "float64") for v in (7, 41, 1000, 4099)]
-IN_CI = {(7, "float32"), (41, "float64"), (1000, "bfloat16"), (4099, "float64")}  # each size, each type
+IN_CI = {(7, "bfloat16"), (41, "float32"), (4099, "float64")}  # each type
 ORACLES = Path(__file__).parents[2] / "shared/oracles/peer_losses.npz"
 
 
