@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from test_paper_claims import BORNE_OUT, seeds
+from test_paper_claims import BORNE_OUT, CONTRADICTED, seeds
 
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.paper import suite, worker
@@ -82,6 +82,21 @@ def test_seeds_done_before_count_too(tmp_path: Path) -> None:
     assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [("1", 2), ("10", 3)]
 
 
+@pytest.mark.usefixtures("no_workers")
+def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
+    (tmp_path / "reasons.yaml").write_text('"2": not told\n"3": it is too sure\n')
+    for number, (experiment, results) in enumerate({"3.2": BORNE_OUT, "3.3": CONTRADICTED}.items(), 1):
+        for seed, row in enumerate(seeds(results[experiment]), 1):
+            head = {"experiment": experiment, "domain": "folds", "seed": seed, "settings": settings("smoke", "folds")}
+            text = json.dumps(head | BORNE_OUT[experiment] | row | {"cpu_seconds": {str(number): 1.0}})
+            result_path(tmp_path, "folds", experiment, seed).write_text(text)
+    rows, _ = run_experiments("smoke", [1], ["3.3"], tmp_path / "o", tmp_path, 1)
+    tell(rows, tmp_path)
+    (told,) = [line for line in tmp_path.with_suffix(".md").read_text().splitlines() if line.startswith("- ")]
+    assert told.startswith("- **Claim 3** (§3.3) on folds, does not: ")
+    assert told.endswith("(does not). it is too sure")
+
+
 def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--only 6\.4: unknown experiment; expected some of 3\.1, 3\.2"):
         run_experiments("smoke", [1], ["6.4"], tmp_path / "o", tmp_path / "r", 1)
@@ -92,6 +107,12 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     broken.write_text('{"experiment": "6')
     with pytest.raises(InputError, match="no result"):
         run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
+    for text in ('"3": [', "- 3", '"31": why', '"3": 3'):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "reasons.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"reasons\.yaml: (cannot be read as YAML|expected a text)"):
+            run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "s", 1)
+    (tmp_path / "s" / "reasons.yaml").unlink()
     assert not (tmp_path / "o").exists()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"--out .*file/o: cannot be made"):

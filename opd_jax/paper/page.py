@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from opd_jax.errors import InputError
 from opd_jax.paper.claims import CLAIMS, HOLDS, Check, Claim, interval, verdict
 from opd_jax.tracking.plots import PALETTE, save, small_multiples
 
@@ -66,15 +67,30 @@ def table_rows(judged: Judged) -> list[list[Any]]:
     ]
 
 
+def read_reasons(results: Path) -> dict[str, str]:
+    """Why a claim may not hold, by its number: ``reasons.yaml`` beside the results, if there.
+
+    Raises:
+        InputError: not a text for each of some claims.
+    """
+    path, known = results / "reasons.yaml", [claim.number for claim in CLAIMS]
+    if not path.exists():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as e:
+        raise InputError(f"{path}: cannot be read as YAML ({e}). Mend or remove it.") from e
+    if not isinstance(found, dict) or not all(k in known and isinstance(v, str) for k, v in found.items()):
+        raise InputError(f'{path}: expected a text by the number of a claim, as "10": …; claims: {", ".join(known)}')
+    return found
+
+
 COST = ("rollout", "score", "update")
 HEADS = ("claim", "section", "what it says", "domain", "verdict", "checks that hold", "seeds")
 
 
 def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, command: str) -> None:
-    """Writes ``page`` and the PNGs it shows, which lie in ``figures``.
-
-    ``reasons.yaml`` beside them, if there, says why a claim may not hold, by its number.
-    """
+    """Writes ``page`` and the PNGs it shows, which lie in ``figures``."""
     found = by_experiment(rows)
     trained = {key: seconds for row in rows for key, seconds in row["cpu_seconds"].items()}
     checks = sum(len(checks) for *_, checks in judged)
@@ -88,7 +104,7 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         "",
         f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
         f"{sum(trained.values()) / 3600:.1f} CPU hours.",
-        *_not_reproduced(judged, figures / "reasons.yaml"),
+        *_not_reproduced(judged, read_reasons(figures)),
         "",
         "## Models",
         "",
@@ -139,9 +155,8 @@ def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _not_reproduced(judged: Judged, reasons: Path) -> list[str]:
-    """The claims that do not hold or are undecided, by which checks, and why that may be, if ``reasons`` are given."""
-    why = yaml.safe_load(reasons.read_text()) if reasons.exists() else {}
+def _not_reproduced(judged: Judged, reasons: dict[str, str]) -> list[str]:
+    """The claims that do not hold or are undecided, by which checks, and why that may be."""
     lines = []
     for claim, domain, checks in judged:
         if verdict(checks) != HOLDS:
@@ -151,7 +166,7 @@ def _not_reproduced(judged: Judged, reasons: Path) -> list[str]:
                 if check.verdict != HOLDS
             )
             title = f"**Claim {claim.number}** (§{claim.experiment}) on {domain}, {verdict(checks)}"
-            lines.append(f"- {title}: {told}. {why.get(claim.number, '')}".rstrip())
+            lines.append(f"- {title}: {told}. {reasons.pop(claim.number, '')}".rstrip())
     return ["", "## What did not reproduce, and why that may be", "", *lines] if lines else []
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from opd_jax.errors import InputError, Interrupted
 from opd_jax.paper.claims import CLAIMS, verdict
-from opd_jax.paper.page import HEADS, judged, table_rows, write_page
+from opd_jax.paper.page import HEADS, judged, read_reasons, table_rows, write_page
 from opd_jax.paper.worker import result_path, settings
 from opd_jax.tracking.console import console
 
@@ -71,7 +71,7 @@ def run_experiments(
         results: directory of the result files.
 
     Raises:
-        InputError: unknown experiment; results of other settings; a directory that cannot be made.
+        InputError: unknown experiment; other settings; bad ``reasons.yaml``; a directory that cannot be made.
         Interrupted: ``stop`` was set; what is done stays done.
     """
     known = PLAN["folds"]
@@ -85,6 +85,7 @@ def run_experiments(
         for experiment in experiments
         if (not only or experiment in only) and (domain, experiment) not in LEFT_OUT.get(preset, ())
     ]
+    read_reasons(results)
     done = {(row["domain"], row["experiment"], row["seed"]) for row in _stored(results, preset)}
     jobs: dict[Key, list[str]] = {}
     for each in wanted:
