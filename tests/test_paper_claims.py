@@ -220,3 +220,14 @@ CONTRADICTED = {
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c.number)
 def test_a_claim_fails_on_results_that_contradict_it(claim: Any) -> None:
     assert verdict(claim.checks(seeds(CONTRADICTED[claim.experiment]))) == FAILS
+
+
+def test_a_seed_whose_teacher_did_not_learn_is_counted_by_1_and_left_out_by_its_addition() -> None:
+    rows = seeds(BORNE_OUT["3.1"])
+    rows[1]["models"]["mismatched"]["accuracy"] = 0.1
+    counted, left = (next(c for c in CLAIMS if c.number == n).checks(rows) for n in ("1", "1+"))
+    assert [len(checks[0].values) for checks in (counted, left)] == [3, 2]
+    assert (verdict(counted), verdict(left)) == (UNDECIDED, HOLDS)
+    for row in rows:
+        row["models"]["mismatched"]["accuracy"] = 0.1
+    assert verdict(next(c for c in CLAIMS if c.number == "1+").checks(rows)) == UNDECIDED

@@ -51,10 +51,12 @@ class Check:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval (``student_t``) over seeds; nan bounds for a single seed.
+    """Mean and 95 % interval (``student_t``) over seeds; nan bounds for a single seed, nan for none.
 
     Where all seeds agree, as where a gradient is zero, the interval is the mean: an effect of exactly 0 is alike.
     """
+    if not len(values):
+        return math.nan, math.nan, math.nan
     unknown = math.nan if len(values) < 2 else float(np.mean(values))
     mean, low, high = (unknown if (x := student_t(values)[name]) is None else x for name in ("mean", "low", "high"))
     return mean, low, high
@@ -133,6 +135,11 @@ def _compatible(rows: Sequence[Row]) -> list[Check]:
         more("final accuracy, compatible − mismatched", _between(rows, "compatible", "mismatched"), MARGIN),
         more("difference of the overlaps, first − last", [apart(r, 0) - apart(r, -1) for r in rows]),
     ]  # fmt: skip
+
+
+def _compatible_learnt(rows: Sequence[Row]) -> list[Check]:
+    """Of the seeds in which both teachers have learnt the facts, as the claim presupposes."""
+    return _compatible([r for r in rows if min(_model(r, name) for name in ("compatible", "mismatched")) > 0.5])
 
 
 def _knowledge(rows: Sequence[Row]) -> list[Check]:
@@ -307,6 +314,7 @@ def _remedy(rows: Sequence[Row]) -> list[Check]:
 
 CLAIMS = (
     Claim("1", "3.1", "A teacher of compatible patterns and no higher score beats one of other patterns.", _compatible),
+    Claim("1+", "3.1", "Further: where both teachers did learn.", _compatible_learnt),
     Claim("2", "3.2", "New knowledge in a teacher counts for more than its size.", _knowledge),
     Claim("3", "3.3", "Reverse distillation takes a student back to before RL, with either teacher.", _reverse),
     Claim("3+", "3.3+", "Further: by the forward KL it does so whatever the student is certain of.", _reverse),
