@@ -50,7 +50,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
     assert not failed
     found = tell(rows, results)
-    assert len(found["claims"]) == 20
+    assert len(found["claims"]) == 21
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
@@ -79,7 +79,11 @@ def test_seeds_done_before_count_too(tmp_path: Path) -> None:
     rows, _ = run_experiments("smoke", [3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
     found = tell(rows, tmp_path / "r")
     assert found["seeds"] == [1, 2, 3]
-    assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [("1", 2), ("10", 3)]
+    assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [
+        ("1", 2),
+        ("1+", 2),
+        ("10", 3),
+    ]
 
 
 @pytest.mark.usefixtures("no_workers")
