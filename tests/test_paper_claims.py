@@ -103,7 +103,7 @@ BORNE_OUT: dict[str, Row] = {
         },
     },
     "4.2": {
-        "models": {},
+        "models": models(base=0.3, rewarded=0.95),
         "runs": {
             name: run(0.3, 0.5 if "non_overlap" in name else 0.9)
             for support in ("student", "overlap", "non_overlap")
@@ -133,6 +133,15 @@ BORNE_OUT: dict[str, Row] = {
             "without template": run(0.3, 0.8),
             "other content": run(0.3, 0.7),
             "mixed content": run(0.3, 0.85),
+        },
+    },
+    "5.2+": {
+        "models": {},
+        "runs": {
+            "aligned": run(0.3, 0.9, student_entropy=(1, 0.5)),
+            "mixed content": run(0.3, 0.9, student_entropy=(1, 0.5)),
+            "a tenth": run(0.3, 0.8, student_entropy=(1, 0.52)),
+            "other content": run(0.3, 0.6, student_entropy=(1, 0.6)),
         },
     },
     "6.1": {
@@ -207,10 +216,15 @@ CONTRADICTED = {
     "4.2+": swapped(BORNE_OUT["4.2+"], "overlap", "overlap alone"),
     "5.1": swapped(BORNE_OUT["5.1"], "direct", "cold start"),
     "5.2": swapped(BORNE_OUT["5.2"], "aligned", "other content"),
+    "5.2+": swapped(BORNE_OUT["5.2+"], "a tenth", "other content"),
     "6.1": BORNE_OUT["6.1"] | {"depth": depth(0.1, 0.4, 0.6)},
     "6.1+": {"runs": {"collapsed": run(0.3, 0.9)}},
     "6.2": swapped(BORNE_OUT["6.2"], "rewarded", "large", "ratio")
-    | {"reward": {name: {"auroc": {"value": 0.3}} for name in ("rewarded", "large", "mismatched")}},
+    | {
+        "reward": {
+            name: {"auroc": {"value": v}} for name, v in {"rewarded": 0.45, "large": 0.3, "mismatched": 0.3}.items()
+        }
+    },
     "6.3": swapped(BORNE_OUT["6.3"], "Eq. 5, k = 1", "published, k = 16"),
     "6.3+": swapped(BORNE_OUT["6.3+"], "four", "four and the rest"),
     "remedy": swapped(BORNE_OUT["remedy"], "teacher alone", "with reward"),
@@ -222,12 +236,18 @@ def test_a_claim_fails_on_results_that_contradict_it(claim: Any) -> None:
     assert verdict(claim.checks(seeds(CONTRADICTED[claim.experiment]))) == FAILS
 
 
-def test_a_seed_whose_teacher_did_not_learn_is_counted_by_1_and_left_out_by_its_addition() -> None:
-    rows = seeds(BORNE_OUT["3.1"])
-    rows[1]["models"]["mismatched"]["accuracy"] = 0.1
-    counted, left = (next(c for c in CLAIMS if c.number == n).checks(rows) for n in ("1", "1+"))
+@pytest.mark.parametrize(
+    ("number", "addition", "experiment", "teacher"), [("1", "1+", "3.1", "mismatched"), ("5", "5b", "4.2", "rewarded")]
+)
+def test_a_seed_whose_teacher_did_not_learn_is_counted_by_a_claim_and_left_out_by_its_addition(
+    number: str, addition: str, experiment: str, teacher: str
+) -> None:
+    rows = seeds(BORNE_OUT[experiment])
+    rows[1]["models"][teacher]["accuracy"] = 0.1
+    rows[1]["runs"] = CONTRADICTED[experiment]["runs"]
+    counted, left = (next(c for c in CLAIMS if c.number == n).checks(rows) for n in (number, addition))
     assert [len(checks[0].values) for checks in (counted, left)] == [3, 2]
     assert (verdict(counted), verdict(left)) == (UNDECIDED, HOLDS)
     for row in rows:
-        row["models"]["mismatched"]["accuracy"] = 0.1
-    assert verdict(next(c for c in CLAIMS if c.number == "1+").checks(rows)) == UNDECIDED
+        row["models"][teacher]["accuracy"] = 0.1
+    assert verdict(next(c for c in CLAIMS if c.number == addition).checks(rows)) == UNDECIDED

@@ -21,6 +21,9 @@ from opd_jax.evaluation.scores import gap_recovery, student_t
 Row = dict[str, Any]
 
 MARGIN = 0.03  # of accuracies that are called alike
+LEARNT = 0.5  # accuracy of a teacher that has learnt the facts; those that have not are at chance
+ENTROPY = 0.01  # nats that count as kept
+AUROC = 0.1  # of which a mean reward that tells as well may be lower
 HOLDS, FAILS, UNDECIDED = "holds", "does not", "undecided"
 
 
@@ -139,7 +142,7 @@ def _compatible(rows: Sequence[Row]) -> list[Check]:
 
 def _compatible_learnt(rows: Sequence[Row]) -> list[Check]:
     """Of the seeds in which both teachers have learnt the facts, as the claim presupposes."""
-    return _compatible([r for r in rows if min(_model(r, name) for name in ("compatible", "mismatched")) > 0.5])
+    return _compatible([r for r in rows if min(_model(r, name) for name in ("compatible", "mismatched")) > LEARNT])
 
 
 def _knowledge(rows: Sequence[Row]) -> list[Check]:
@@ -198,6 +201,11 @@ def _supports(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
+def _supports_learnt(rows: Sequence[Row]) -> list[Check]:
+    """Of the seeds whose teacher has learnt the facts, as the claim presupposes."""
+    return _supports([r for r in rows if _model(r, "rewarded") > LEARNT])
+
+
 def _closed(rows: Sequence[Row]) -> list[Check]:
     return [
         alike("overlap − student top-k, with an outcome for the rest", _between(rows, "overlap", "student")),
@@ -225,6 +233,22 @@ def _prompts(rows: Sequence[Row]) -> list[Check]:
              _between(rows, "other content", "aligned", "student_entropy")),
         more("final student entropy, mixed content − teacher's (nats)",
              _between(rows, "mixed content", "aligned", "student_entropy")),
+    ]  # fmt: skip
+
+
+def _mixture(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more("final student entropy, mixed content − teacher's (nats)",
+             _between(rows, "mixed content", "aligned", "student_entropy"), ENTROPY)
+    ]  # fmt: skip
+
+
+def _tenth(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more("final student entropy, a tenth of the teacher's content − all (nats)",
+             _between(rows, "a tenth", "aligned", "student_entropy"), ENTROPY),
+        more("final accuracy, a tenth of the teacher's content − none", _between(rows, "a tenth", "other content"),
+             MARGIN),
     ]  # fmt: skip
 
 
@@ -270,15 +294,29 @@ def _rewards_mismatched(rows: Sequence[Row]) -> list[Check]:
     return [_auroc(rows, "mismatched", "teacher that fails and knows more")]
 
 
+def _rewards_compared(rows: Sequence[Row]) -> list[Check]:
+    def auroc(row: Row, name: str) -> float:
+        return row["reward"][name]["auroc"]["value"]
+
+    return [
+        more(f"AUROC of the mean reward, {told} − success",
+             [auroc(r, name) - auroc(r, "rewarded") for r in rows], -AUROC)
+        for name, told in FAILING.items()
+    ]  # fmt: skip
+
+
 def _auroc(rows: Sequence[Row], name: str, told: str) -> Check:
     return more(f"AUROC of the mean reward, {told}", [r["reward"][name]["auroc"]["value"] for r in rows], 0.5)
+
+
+FAILING = {"large": "failure that knows no more", "mismatched": "failure that knows more"}
 
 
 def _coherence(rows: Sequence[Row]) -> list[Check]:
     return [
         more(f"coherence of token gradients over that of orthogonal ones, success − {told}",
              [r["ratio"]["rewarded"] - r["ratio"][name] for r in rows])
-        for name, told in (("large", "failure that knows no more"), ("mismatched", "failure that knows more"))
+        for name, told in FAILING.items()
     ]  # fmt: skip
 
 
@@ -320,14 +358,18 @@ CLAIMS = (
     Claim("3+", "3.3+", "Further: by the forward KL it does so whatever the student is certain of.", _reverse),
     Claim("4", "4.1", "Success and failure show in overlap, entropy gap, advantage, mass and gradient norm.", _signs),
     Claim("5", "4.2", "The overlap carries the gradient: alone it does as well, without it one does worse.", _supports),
+    Claim("5b", "4.2", "Further: where the teacher did learn.", _supports_learnt),
     Claim("5+", "4.2+", "Further: it is the mass outside of the overlap that renormalising over it loses.", _closed),
     Claim("6", "5.1", "A cold start on the teacher's responses overlaps more, ends higher, is steadier.", _cold_start),
     Claim("7", "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
+    Claim("7b", "5.2", "Further: half of the prompts of other content keep a hundredth of a nat.", _mixture),
+    Claim("7+", "5.2+", "Further: nine tenths of them do, and a tenth still teaches.", _tenth),
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
     Claim("8+", "6.1+", "Further: where a run does collapse, entropy rises from the end.", _collapsed),
     Claim("9", "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
     Claim("9+", "6.2", "Further: it does for a teacher that fails though it knows more.", _rewards_mismatched),
     Claim("9b", "6.2", "Its untested guess: gradients of a teacher that fails cancel more.", _coherence),
+    Claim("9c", "6.2", "Further: it tells as well for a failing teacher as for one that succeeds.", _rewards_compared),
     Claim("10", "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),
     Claim("10+", "6.3+", "Further: lists of 4 lack the mass outside of them; twice as many do not.", _top_k_closed),
     Claim("+", "remedy", "Beyond the paper: a reward beside a failing teacher leads beyond it.", _remedy),

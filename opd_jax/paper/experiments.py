@@ -173,16 +173,30 @@ def cold_start(lab: Lab) -> Row:
 def prompts(lab: Lab) -> Row:
     """5.2: prompts in the teacher's template or without, which is answered by another pattern; of the content that the
     teacher was made on, of narrower content, or both."""
-    d = lab.domain
-    narrow = d.variants["rotations"]
-    mixed = {"mix": {"main": d.main, "rotations": narrow}, "source": None, "template": "plain"}
     runs = {
         "aligned": succeeding(lab),
-        "without template": succeeding(lab, data=d.variants["bare"]),
-        "other content": succeeding(lab, data=narrow),
-        "mixed content": succeeding(lab, data=mixed),
+        "without template": succeeding(lab, data=lab.domain.variants["bare"]),
+        "other content": succeeding(lab, data=lab.domain.variants["rotations"]),
+        "mixed content": succeeding(lab, data=_mixed(lab)),
     }
     return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
+def prompts_tenth(lab: Lab) -> Row:
+    """Further to 5.2: a mixture with so little of the teacher's content that there is entropy left to keep."""
+    runs = {
+        "aligned": succeeding(lab),
+        "mixed content": succeeding(lab, data=_mixed(lab)),
+        "a tenth": succeeding(lab, data=_mixed(lab, weight=9.0)),
+        "other content": succeeding(lab, data=lab.domain.variants["rotations"]),
+    }
+    return _row({"base": base(lab), "rewarded": rewarded(lab)}, runs)
+
+
+def _mixed(lab: Lab, **other: float) -> Row:
+    """Prompts of the teacher's content and of narrower content; ``other``: settings of the latter."""
+    parts = {"main": lab.domain.main, "rotations": lab.domain.variants["rotations"] | other}
+    return {"mix": parts, "source": None, "template": "plain"}
 
 
 def horizon(lab: Lab) -> Row:
@@ -277,6 +291,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
     "4.2+": supports_closed,
     "5.1": cold_start,
     "5.2": prompts,
+    "5.2+": prompts_tenth,
     "6.1": horizon,
     "6.1+": horizon_collapsed,
     "6.2": rewards,

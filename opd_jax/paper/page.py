@@ -30,6 +30,7 @@ CURVES = {
 MORE_CURVES = {
     "4.1": {"overlap_advantage": "overlap-token advantage (nats)", "overlap_mass_student": "overlap mass, student"},
     "5.2": {"student_entropy": "student entropy (nats)"},
+    "5.2+": {"student_entropy": "student entropy (nats)"},
 }
 
 
