@@ -44,7 +44,8 @@ SETTINGS = [  # configuration, topology, overrides
     ("paper/3.1_mismatched", "v5e-64", ""),
     ("paper/3.2_r1_larger", "v5e-64", ""),
     ("paper/4.1_success", "v5e-64", ""),
-    ("paper/6.1_horizon", "v5e-64", "rollout.slots=128"),
+    ("paper/5.1_sft", "v5e-64", ""),
+    ("paper/6.1_horizon", "v5e-64", ""),
 ]
 COLUMNS = (
     "run",
