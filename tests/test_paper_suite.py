@@ -50,7 +50,7 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
     assert not failed
     found = tell(rows, results)
-    assert len(found["claims"]) == 21
+    assert len(found["claims"]) == 26
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
@@ -58,8 +58,8 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
         for check in claim["checks"]:
             assert f"| {check['text']} | {check['mean']:+.3f} |" in page.replace("\\|", "|")
     shown = [part.partition(")")[0] for part in page.split("](paper/")[1:]]
-    assert len(shown) == 17
-    assert "46 training runs: 0.8 CPU hours" in page  # three seeds of fifteen experiments, and what they share
+    assert len(shown) == 22
+    assert "49 training runs: 0.8 CPU hours" in page  # three seeds of sixteen experiments, and what they share
     assert all((results / name).stat().st_size > 10_000 for name in shown)
 
 

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from opd_jax.errors import InputError
 from opd_jax.paper.claims import CLAIMS, HOLDS, Check, Claim, interval, verdict
-from opd_jax.tracking.plots import PALETTE, save, small_multiples
+from opd_jax.paper.figures import CURVES, FURTHER, MORE_CURVES, curves
+from opd_jax.tracking.plots import save
 
 Row = dict[str, Any]
 Found = dict[tuple[str, str], list[Row]]  # (domain, experiment) → rows, one a seed
 Judged = list[tuple[Claim, str, list[Check]]]  # with the domain that the checks were made on
-
-CURVES = {
-    "accuracy": "accuracy",
-    "overlap_ratio": "overlap ratio",
-    "entropy_gap": "entropy gap (nats)",
-    "gradient_norm": "gradient norm",
-}
-MORE_CURVES = {
-    "4.1": {"overlap_advantage": "overlap-token advantage (nats)", "overlap_mass_student": "overlap mass, student"},
-    "5.2": {"student_entropy": "student entropy (nats)"},
-    "5.2+": {"student_entropy": "student entropy (nats)"},
-}
 
 
 def by_experiment(rows: Sequence[Row]) -> Found:
@@ -124,36 +110,12 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
             name = f"{domain}-{claim.experiment}.png"
             save(curves(of, CURVES | MORE_CURVES.get(claim.experiment, {})), figures / name)
             lines += ["", _runs(of), "", f"![{claim.text}]({figures.name}/{name})"]
+        if draw := FURTHER.get(claim.experiment):
+            name = f"{domain}-{claim.experiment}-further.png"
+            save(draw(of), figures / name)
+            lines += ["", f"![{claim.text}]({figures.name}/{name})"]
         lines += MORE.get(claim.experiment, lambda rows: [])(of)
     page.write_text("\n".join(lines) + "\n")
-
-
-def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
-    """Mean and 95 % interval over seeds of each run: metrics of held-out prompts, or of steps, by name and label."""
-    names = list(rows[0]["runs"])
-    colours = dict(zip(names, PALETTE * 2, strict=False))
-    lines: dict[str, Line2D] = {}
-
-    def draw(ax: Axes, metric: str) -> None:
-        for i, name in enumerate(names):
-            runs = [row["runs"][name] for row in rows]
-            where = next((part for part in ("evaluations", "steps") if metric in runs[0][part]), None)
-            if where is None:  # of a run without teacher
-                continue
-            table = np.array([run[where][metric] for run in runs], float)
-            last = runs[0]["step"][-1]
-            x = np.array(runs[0]["step"]) if where == "evaluations" else np.linspace(0, last, table.shape[1])
-            middle, low, high = (np.array(column) for column in zip(*map(interval, table.T), strict=True))
-            style = "-" if i < len(PALETTE) else "--"
-            (lines[name],) = ax.plot(x, middle, style, color=colours[name], linewidth=1.6)
-            if len(rows) > 1:
-                ax.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
-        ax.set_xlabel("step")
-        ax.set_ylabel(metrics[metric])
-
-    figure = small_multiples(list(metrics), draw, 2)
-    figure.legend(list(lines.values()), names, loc="outside lower center", ncols=4, frameon=False)
-    return figure
 
 
 def _not_reproduced(judged: Judged, reasons: dict[str, str]) -> list[str]:
