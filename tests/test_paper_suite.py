@@ -88,7 +88,7 @@ def test_seeds_done_before_count_too(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_workers")
 def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
-    (tmp_path / "reasons.yaml").write_text('"2": not told\n"3": it is too sure\n')
+    (tmp_path / "reasons.yaml").write_text('summary: all in all\n"2": not told\n"3": it is too sure\n')
     for number, (experiment, results) in enumerate({"3.2": BORNE_OUT, "3.3": CONTRADICTED}.items(), 1):
         for seed, row in enumerate(seeds(results[experiment]), 1):
             head = {"experiment": experiment, "domain": "folds", "seed": seed, "settings": settings("smoke", "folds")}
@@ -96,7 +96,9 @@ def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
             result_path(tmp_path, "folds", experiment, seed).write_text(text)
     rows, _ = run_experiments("smoke", [1], ["3.3"], tmp_path / "o", tmp_path, 1)
     tell(rows, tmp_path)
-    (told,) = [line for line in tmp_path.with_suffix(".md").read_text().splitlines() if line.startswith("- ")]
+    lines = tmp_path.with_suffix(".md").read_text().splitlines()
+    assert "all in all" in lines
+    (told,) = [line for line in lines if line.startswith("- ")]
     assert told.startswith("- **Claim 3** (§3.3) on folds, does not: ")
     assert told.endswith("(does not). it is too sure")
 

@@ -55,12 +55,13 @@ def table_rows(judged: Judged) -> list[list[Any]]:
 
 
 def read_reasons(results: Path) -> dict[str, str]:
-    """Why a claim may not hold, by its number: ``reasons.yaml`` beside the results, if there.
+    """Why a claim may not hold, by its number, and what all of them come to, as ``summary``: ``reasons.yaml`` beside
+    the results, if there.
 
     Raises:
         InputError: not a text for each of some claims.
     """
-    path, known = results / "reasons.yaml", [claim.number for claim in CLAIMS]
+    path, known = results / "reasons.yaml", ["summary", *(claim.number for claim in CLAIMS)]
     if not path.exists():
         return {}
     try:
@@ -68,7 +69,7 @@ def read_reasons(results: Path) -> dict[str, str]:
     except (ValueError, yaml.YAMLError) as e:
         raise InputError(f"{path}: cannot be read as YAML ({e}). Mend or remove it.") from e
     if not isinstance(found, dict) or not all(k in known and isinstance(v, str) for k, v in found.items()):
-        raise InputError(f'{path}: expected a text by the number of a claim, as "10": …; claims: {", ".join(known)}')
+        raise InputError(f'{path}: expected a text by the number of a claim, as "10": …; known: {", ".join(known)}')
     return found
 
 
@@ -78,20 +79,21 @@ HEADS = ("claim", "section", "what it says", "domain", "verdict", "checks that h
 
 def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, command: str) -> None:
     """Writes ``page`` and the PNGs it shows, which lie in ``figures``."""
-    found = by_experiment(rows)
+    found, reasons = by_experiment(rows), read_reasons(figures)
     trained = {key: seconds for row in rows for key, seconds in row["cpu_seconds"].items()}
     checks = sum(len(checks) for *_, checks in judged)
     lines = [
         "# The paper in miniature",
         "",
-        f"Written by `{command}` from the results in `{figures.name}/`; nothing but the reasons is typed by hand. "
+        f"Written by `{command}` from the results in `{figures.name}/`; only summary and reasons are typed by hand. "
         "What the experiments are and what a verdict means: docs/miniature.md of opd_jax.",
         "",
         _markdown(HEADS, table_rows(judged)),
         "",
         f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
         f"{sum(trained.values()) / 3600:.1f} CPU hours.",
-        *_not_reproduced(judged, read_reasons(figures)),
+        *(["", summary.strip()] if (summary := reasons.get("summary")) else []),
+        *_not_reproduced(judged, reasons),
         "",
         "## Models",
         "",
