@@ -95,6 +95,10 @@ BORNE_OUT: dict[str, Row] = {
         "models": models(base=0.3, rewarded=0.95, large=0.4),
         "runs": {"base": run(0.95, 0.3, 0.3), "large": run(0.95, 0.31, 0.4)},
     },
+    "3.3b": {
+        "models": models(base=0.3, rewarded=0.95, large=0.4),
+        "runs": {"base": run(0.95, 0.6, 0.3), "large": run(0.95, 0.6, 0.4)},
+    },
     "4.1": {
         "models": {},
         "runs": {
@@ -211,6 +215,7 @@ CONTRADICTED = {
     "3.2": swapped(BORNE_OUT["3.2"], "rewarded", "large"),
     "3.3": BORNE_OUT["3.3"] | {"runs": {"base": run(0.95, 0.9), "large": run(0.95, 0.6)}},
     "3.3+": BORNE_OUT["3.3+"] | {"runs": {"base": run(0.95, 0.9), "large": run(0.95, 0.6)}},
+    "3.3b": BORNE_OUT["3.3"],
     "4.1": swapped(BORNE_OUT["4.1"], "rewarded", "large"),
     "4.2": swapped(BORNE_OUT["4.2"], "overlap", "non_overlap"),
     "4.2+": swapped(BORNE_OUT["4.2+"], "overlap", "overlap alone"),

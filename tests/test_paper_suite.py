@@ -24,10 +24,10 @@ Row = dict[str, Any]
 CURVES = ("gradient_norm", "loss")
 
 
-def store(results: Path, domain: str, experiment: str, preset: str = "smoke") -> None:
+def store(results: Path, domain: str, experiment: str, preset: str = "smoke", first: int = 1) -> None:
     """Three seeds of made-up results that bear the claim out."""
     results.mkdir(exist_ok=True)
-    for seed, row in enumerate(seeds(BORNE_OUT[experiment]), 1):
+    for seed, row in enumerate(seeds(BORNE_OUT[experiment]), first):
         head = {"experiment": experiment, "domain": domain, "seed": seed, "settings": settings(preset, domain)}
         text = json.dumps(head | row | {"cpu_seconds": {"shared": 60.0, f"{experiment}-{seed}": 60.0}})
         result_path(results, domain, experiment, seed).write_text(text)
@@ -46,11 +46,11 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
     results = tmp_path / "paper"
     for domain, experiments in PLAN.items():
         for experiment in experiments:
-            store(results, domain, experiment)
-    rows, failed = run_experiments("smoke", [1, 2, 3], [], tmp_path / "runs", results, 1)
+            store(results, domain, experiment, first=20)
+    rows, failed = run_experiments("smoke", [20, 21, 22], [], tmp_path / "runs", results, 1)
     assert not failed
     found = tell(rows, results)
-    assert len(found["claims"]) == 26
+    assert len(found["claims"]) == 27
     assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     page = (tmp_path / "paper.md").read_text()
     for claim in found["claims"]:
@@ -58,8 +58,8 @@ def test_finished_experiments_are_not_done_again_and_the_page_tells_them(tmp_pat
         for check in claim["checks"]:
             assert f"| {check['text']} | {check['mean']:+.3f} |" in page.replace("\\|", "|")
     shown = [part.partition(")")[0] for part in page.split("](paper/")[1:]]
-    assert len(shown) == 22
-    assert "49 training runs: 0.8 CPU hours" in page  # three seeds of sixteen experiments, and what they share
+    assert len(shown) == 23
+    assert "52 training runs: 0.9 CPU hours" in page  # three seeds of seventeen experiments, and what they share
     assert all((results / name).stat().st_size > 10_000 for name in shown)
 
 
@@ -72,6 +72,17 @@ def test_only_some_experiments(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_workers")
+def test_a_claim_counts_seeds_that_had_not_been_seen_when_it_was_written(tmp_path: Path) -> None:
+    for first in (14, 17):
+        store(tmp_path / "r", "folds", "5.2", first=first)
+        rows, _ = run_experiments("smoke", [first], ["5.2"], tmp_path / "runs", tmp_path / "r", 1)
+        values = {claim["claim"]: len(claim["checks"][0]["values"]) for claim in tell(rows, tmp_path / "r")["claims"]}
+        assert values == ({"7": 3} if first == 14 else {"7": 6, "7b": 3})
+    page = (tmp_path / "r.md").read_text()
+    assert page.count("Seeds from 17 on count: the others had been seen when it was written.") == 1
+
+
+@pytest.mark.usefixtures("no_workers")
 def test_seeds_done_before_count_too(tmp_path: Path) -> None:
     store(tmp_path / "r", "folds", "6.3")
     store(tmp_path / "r", "folds", "3.1")
@@ -81,14 +92,15 @@ def test_seeds_done_before_count_too(tmp_path: Path) -> None:
     assert found["seeds"] == [1, 2, 3]
     assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [
         ("1", 2),
-        ("1+", 2),
         ("10", 3),
     ]
 
 
 @pytest.mark.usefixtures("no_workers")
 def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
-    (tmp_path / "reasons.yaml").write_text('summary: all in all\n"2": not told\n"3": it is too sure\n')
+    (tmp_path / "reasons.yaml").write_text(
+        'summary: all in all\n"2": a remark\n"3": it is too sure\n"3 products": not told\n'
+    )
     for number, (experiment, results) in enumerate({"3.2": BORNE_OUT, "3.3": CONTRADICTED}.items(), 1):
         for seed, row in enumerate(seeds(results[experiment]), 1):
             head = {"experiment": experiment, "domain": "folds", "seed": seed, "settings": settings("smoke", "folds")}
@@ -97,7 +109,7 @@ def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
     rows, _ = run_experiments("smoke", [1], ["3.3"], tmp_path / "o", tmp_path, 1)
     tell(rows, tmp_path)
     lines = tmp_path.with_suffix(".md").read_text().splitlines()
-    assert "all in all" in lines
+    assert {"all in all", "Remark: a remark"} <= set(lines)
     (told,) = [line for line in lines if line.startswith("- ")]
     assert told.startswith("- **Claim 3** (§3.3) on folds, does not: ")
     assert told.endswith("(does not). it is too sure")
@@ -110,9 +122,10 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="made with other settings"):
         run_experiments("smoke", [1, 2, 3], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
     broken = result_path(tmp_path / "r", "folds", "6.3", 1)
-    broken.write_text('{"experiment": "6')
-    with pytest.raises(InputError, match="no result"):
-        run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
+    for text in ('{"experiment": "6', '{"experiment": "6.3"}', "[]"):
+        broken.write_text(text)
+        with pytest.raises(InputError, match="no result"):
+            run_experiments("smoke", [1], ["6.3"], tmp_path / "o", tmp_path / "r", 1)
     for text in ('"3": [', "- 3", '"31": why', '"3": 3'):
         (tmp_path / "s").mkdir(exist_ok=True)
         (tmp_path / "s" / "reasons.yaml").write_text(text)

@@ -79,6 +79,7 @@ class Claim:
     experiment: str  # and the paper's section
     text: str
     checks: Callable[[Sequence[Row]], list[Check]]  # of the rows of one experiment, one a seed
+    since: int = 0  # the first seed that counts: earlier ones were seen when the claim was written
 
 
 def verdict(checks: Sequence[Check]) -> str:
@@ -164,6 +165,14 @@ def _reverse(rows: Sequence[Row]) -> list[Check]:
         alike("final accuracy − score before GRPO, larger teacher", [_final(r, "large") - before(r) for r in rows]),
         alike("final accuracy, larger teacher − teacher from before",
               [_final(r, "large") - _final(r, "base") for r in rows]),
+    ]  # fmt: skip
+
+
+def _kept(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more(f"final accuracy − score before GRPO, {told}",
+             [_final(r, run) - r["runs"]["base"]["teacher_accuracy"] for r in rows], MARGIN)
+        for run, told in (("base", "teacher from before"), ("large", "larger teacher"))
     ]  # fmt: skip
 
 
@@ -294,7 +303,7 @@ def _rewards_mismatched(rows: Sequence[Row]) -> list[Check]:
     return [_auroc(rows, "mismatched", "teacher that fails and knows more")]
 
 
-def _rewards_compared(rows: Sequence[Row]) -> list[Check]:
+def _aurocs_apart(rows: Sequence[Row]) -> list[Check]:
     def auroc(row: Row, name: str) -> float:
         return row["reward"][name]["auroc"]["value"]
 
@@ -320,9 +329,14 @@ def _coherence(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
+def list_size(run: str) -> int:
+    """k of a run of 6.3."""
+    return int(run.split("k = ")[1])
+
+
 def _top_k(rows: Sequence[Row]) -> list[Check]:
     def sizes(kind: str) -> list[str]:
-        return sorted((run for run in rows[0]["runs"] if run.startswith(kind)), key=lambda run: int(run.split("= ")[1]))
+        return sorted((run for run in rows[0]["runs"] if run.startswith(kind)), key=list_size)
 
     eq5, published = sizes("Eq. 5"), sizes("published")
     return [
@@ -352,24 +366,25 @@ def _remedy(rows: Sequence[Row]) -> list[Check]:
 
 CLAIMS = (
     Claim("1", "3.1", "A teacher of compatible patterns and no higher score beats one of other patterns.", _compatible),
-    Claim("1+", "3.1", "Further: where both teachers did learn.", _compatible_learnt),
+    Claim("1+", "3.1", "Further: where both teachers did learn.", _compatible_learnt, 17),
     Claim("2", "3.2", "New knowledge in a teacher counts for more than its size.", _knowledge),
     Claim("3", "3.3", "Reverse distillation takes a student back to before RL, with either teacher.", _reverse),
     Claim("3+", "3.3+", "Further: by the forward KL it does so whatever the student is certain of.", _reverse),
+    Claim("3b", "3.3b", "Further: by the reverse KL of the whole vocabulary it does not either.", _kept),
     Claim("4", "4.1", "Success and failure show in overlap, entropy gap, advantage, mass and gradient norm.", _signs),
     Claim("5", "4.2", "The overlap carries the gradient: alone it does as well, without it one does worse.", _supports),
-    Claim("5b", "4.2", "Further: where the teacher did learn.", _supports_learnt),
+    Claim("5b", "4.2", "Further: where the teacher did learn.", _supports_learnt, 17),
     Claim("5+", "4.2+", "Further: it is the mass outside of the overlap that renormalising over it loses.", _closed),
     Claim("6", "5.1", "A cold start on the teacher's responses overlaps more, ends higher, is steadier.", _cold_start),
     Claim("7", "5.2", "Prompts in the teacher's template and of its content: better, at lower entropy.", _prompts),
-    Claim("7b", "5.2", "Further: half of the prompts of other content keep a hundredth of a nat.", _mixture),
+    Claim("7b", "5.2", "Further: half of the prompts of other content keep a hundredth of a nat.", _mixture, 17),
     Claim("7+", "5.2+", "Further: nine tenths of them do, and a tenth still teaches.", _tenth),
     Claim("8", "6.1", "Longer is not better: supervision fades with depth, and entropy rises from the end.", _horizon),
     Claim("8+", "6.1+", "Further: where a run does collapse, entropy rises from the end.", _collapsed),
     Claim("9", "6.2", "The mean reward tells right from wrong whether a teacher succeeds or not.", _rewards),
     Claim("9+", "6.2", "Further: it does for a teacher that fails though it knows more.", _rewards_mismatched),
     Claim("9b", "6.2", "Its untested guess: gradients of a teacher that fails cancel more.", _coherence),
-    Claim("9c", "6.2", "Further: it tells as well for a failing teacher as for one that succeeds.", _rewards_compared),
+    Claim("9c", "6.2", "Further: it tells as well where a teacher fails as where one succeeds.", _aurocs_apart, 17),
     Claim("10", "6.3", "Sampled tokens do about as well as top-k; top-1 is worse, by Eq. 5 it learns nothing.", _top_k),
     Claim("10+", "6.3+", "Further: lists of 4 lack the mass outside of them; twice as many do not.", _top_k_closed),
     Claim("+", "remedy", "Beyond the paper: a reward beside a failing teacher leads beyond it.", _remedy),

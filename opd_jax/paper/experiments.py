@@ -124,6 +124,11 @@ def reverse_forward(lab: Lab) -> Row:
     return reverse(lab, name="full", divergence="forward")
 
 
+def reverse_full(lab: Lab) -> Row:
+    """Further to 3.3+: the same support with the reverse KL, so that the direction alone differs."""
+    return reverse(lab, name="full")
+
+
 def signs(lab: Lab) -> Row:
     """4.1: what is seen during a run that succeeds and one that fails."""
     runs = {"rewarded": succeeding(lab), "large": failing(lab)}
@@ -131,8 +136,9 @@ def signs(lab: Lab) -> Row:
 
 
 def supports(lab: Lab) -> Row:
-    """4.2: which tokens carry the gradient. ``raw`` is the objective of the published code, not renormalised over its
-    support; ``clipped`` has every gradient clipped to the same norm, far below all of them."""
+    """4.2: which tokens carry the gradient. ``raw`` is the published code's objective, but not renormalised over the
+    support, as its ablation of non-overlapping tokens is; ``clipped`` has every gradient clipped to the same norm, far
+    below all of them."""
     clip = 1e-3
     forms: dict[str, Row] = {
         "": {},
@@ -286,6 +292,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Row]] = {
     "3.2": new_knowledge,
     "3.3": reverse,
     "3.3+": reverse_forward,
+    "3.3b": reverse_full,
     "4.1": signs,
     "4.2": supports,
     "4.2+": supports_closed,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from opd_jax.paper.claims import interval
+from opd_jax.paper.claims import interval, list_size
 from opd_jax.tracking.plots import PALETTE, small_multiples
 
 Row = dict[str, Any]
@@ -44,7 +44,8 @@ def curves(rows: Sequence[Row], metrics: Mapping[str, str]) -> Figure:
                 continue
             table = np.array([run[where][metric] for run in runs], float)
             last = runs[0]["step"][-1]
-            x = np.array(runs[0]["step"]) if where == "evaluations" else np.linspace(0, last, table.shape[1])
+            points = table.shape[1]
+            x = np.array(runs[0]["step"]) if where == "evaluations" else (np.arange(points) + 0.5) * last / points
             lines[name] = _band(ax, x, table, colours[name], style="-" if i < len(PALETTE) else "--")
         ax.set_xlabel("step")
         ax.set_ylabel(metrics[metric])
@@ -153,24 +154,20 @@ def sizes(rows: Sequence[Row]) -> Figure:
     def draw(ax: Axes) -> None:
         for kind, colour in (("Eq. 5", PALETTE[0]), ("published", PALETTE[1])):
             names = [name for name in rows[0]["runs"] if name.startswith(kind)]
-            names.sort(key=_size)
+            names.sort(key=list_size)
             table = _final(rows, names)
-            _dots(ax, [_size(n) for n in names], table, colour)
-            _band(ax, [_size(n) for n in names], table, colour, kind)
+            _dots(ax, [list_size(n) for n in names], table, colour)
+            _band(ax, [list_size(n) for n in names], table, colour, kind)
         ends = np.array(ax.get_xlim())
         for kind, colour in (("sampled", PALETTE[2]), ("full", PALETTE[3])):
             _band(ax, ends, np.repeat(_final(rows, [kind]), 2, axis=1), colour, kind, "--")
         ax.set_xscale("log", base=2)
-        ks = sorted({_size(name) for name in rows[0]["runs"] if "k = " in name})
+        ks = sorted({list_size(name) for name in rows[0]["runs"] if "k = " in name})
         ax.set_xlim(ks[0] / 1.1, ks[-1] * 1.1)
         ax.set_xticks(ks, [str(k) for k in ks])
         ax.set_xlabel("k")
 
     return _panels({"final accuracy": draw})
-
-
-def _size(run: str) -> int:
-    return int(run.split("k = ")[1])
 
 
 # What the paper draws of an experiment beside curves over steps.

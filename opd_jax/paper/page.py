@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,21 @@ import yaml
 from opd_jax.errors import InputError
 from opd_jax.paper.claims import CLAIMS, HOLDS, Check, Claim, interval, verdict
 from opd_jax.paper.figures import CURVES, FURTHER, MORE_CURVES, curves
+from opd_jax.paper.presets import DOMAINS
 from opd_jax.tracking.plots import save
 
 Row = dict[str, Any]
 Found = dict[tuple[str, str], list[Row]]  # (domain, experiment) → rows, one a seed
 Judged = list[tuple[Claim, str, list[Check]]]  # with the domain that the checks were made on
+
+MAIN, *OTHERS = DOMAINS  # on the first, all claims are examined
+# What the names of an experiment's runs and rows mean, where they do not tell.
+NOTES = {
+    "4.2": "raw: not renormalised over the support; clipped: all gradients have the same norm.",
+    "6.1": "A run's name is its longest response, in tokens.",
+    "6.2": "Coherence over that of orthogonal gradients is 1 where token gradients of these norms are orthogonal.",
+    "6.3": "topk is Eq. 5, topk_reference the published code's objective.",
+}
 
 
 def by_experiment(rows: Sequence[Row]) -> Found:
@@ -31,10 +41,10 @@ def judged(rows: Sequence[Row]) -> Judged:
     """Claims with the domain they were examined on, and their checks."""
     found = by_experiment(rows)
     return [
-        (claim, domain, claim.checks(of))
+        (claim, domain, claim.checks(counted))
         for claim in CLAIMS
         for (domain, experiment), of in found.items()
-        if experiment == claim.experiment
+        if experiment == claim.experiment and (counted := [row for row in of if row["seed"] >= claim.since])
     ]
 
 
@@ -55,13 +65,14 @@ def table_rows(judged: Judged) -> list[list[Any]]:
 
 
 def read_reasons(results: Path) -> dict[str, str]:
-    """Why a claim may not hold, by its number, and what all of them come to, as ``summary``: ``reasons.yaml`` beside
-    the results, if there.
+    """Why a claim may not hold, by its number, or what else there is to say of it; ``5 products`` for a domain beside
+    the first; what all of them come to, as ``summary``. From ``reasons.yaml`` beside the results, if there.
 
     Raises:
         InputError: not a text for each of some claims.
     """
-    path, known = results / "reasons.yaml", ["summary", *(claim.number for claim in CLAIMS)]
+    path, numbers = results / "reasons.yaml", [claim.number for claim in CLAIMS]
+    known = ["summary", *numbers, *(f"{number} {domain}" for number in numbers for domain in OTHERS)]
     if not path.exists():
         return {}
     try:
@@ -69,7 +80,10 @@ def read_reasons(results: Path) -> dict[str, str]:
     except (ValueError, yaml.YAMLError) as e:
         raise InputError(f"{path}: cannot be read as YAML ({e}). Mend or remove it.") from e
     if not isinstance(found, dict) or not all(k in known and isinstance(v, str) for k, v in found.items()):
-        raise InputError(f'{path}: expected a text by the number of a claim, as "10": …; known: {", ".join(known)}')
+        raise InputError(
+            f'{path}: expected a text by the number of a claim, as "10": …; known: summary, {", ".join(numbers)}; '
+            f'"10 {OTHERS[0]}" for another domain'
+        )
     return found
 
 
@@ -86,41 +100,66 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         "# The paper in miniature",
         "",
         f"Written by `{command}` from the results in `{figures.name}/`; only summary and reasons are typed by hand. "
-        "What the experiments are and what a verdict means: docs/miniature.md of opd_jax.",
+        "On folds (products of group elements, worked out in one of several orders) and on products (of numbers, "
+        "modulo a prime). A claim holds if every interval lies where it is expected, does not if one lies wholly "
+        "outside, else is undecided. Models, experiments and where they depart from the paper: docs/miniature.md of "
+        "opd_jax.",
         "",
+        *([summary.strip(), ""] if (summary := reasons.get("summary")) else []),
         _markdown(HEADS, table_rows(judged)),
         "",
-        f"{checks} checks, each with an interval of 95 %. {len(trained)} training runs: "
-        f"{sum(trained.values()) / 3600:.1f} CPU hours.",
-        *(["", summary.strip()] if (summary := reasons.get("summary")) else []),
+        f"{checks} checks, each with Student's interval of 95 % over the seeds; experiments share runs, so that checks "
+        f"are not independent. {len(trained)} training runs: {sum(trained.values()) / 3600:.1f} CPU hours, without "
+        "those of runs that were interrupted.",
         *_not_reproduced(judged, reasons),
         "",
         "## Models",
+        "",
+        "Accuracies on held-out problems. *compatible* is *rewarded*, and *mismatched* is *other*, of more seeds.",
         "",
         _models(rows),
     ]
     shown = set()
     for claim, domain, checks in judged:
-        title = f"Claim {claim.number} (§{claim.experiment}) on {domain}: {verdict(checks)}"
-        lines += ["", f"## {title}", "", claim.text, ""]
-        lines += [_markdown(("effect", "mean", "95 %", "expected", "verdict"), [_cells(check) for check in checks])]
-        if (key := (domain, claim.experiment)) in shown:
-            continue
-        shown.add(key)
-        of = found[key]
-        if of[0]["runs"]:
-            name = f"{domain}-{claim.experiment}.png"
-            save(curves(of, CURVES | MORE_CURVES.get(claim.experiment, {})), figures / name)
-            lines += ["", _runs(of), "", f"![{claim.text}]({figures.name}/{name})"]
-        if draw := FURTHER.get(claim.experiment):
-            name = f"{domain}-{claim.experiment}-further.png"
-            save(draw(of), figures / name)
-            lines += ["", f"![{claim.text}]({figures.name}/{name})"]
-        lines += MORE.get(claim.experiment, lambda rows: [])(of)
+        lines += _judgement(claim, domain, checks, reasons)
+        if (key := (domain, claim.experiment)) not in shown:
+            shown.add(key)
+            lines += _measured(claim, domain, found[key], figures)
     page.write_text("\n".join(lines) + "\n")
 
 
-def _not_reproduced(judged: Judged, reasons: dict[str, str]) -> list[str]:
+def _judgement(claim: Claim, domain: str, checks: Sequence[Check], reasons: Mapping[str, str]) -> list[str]:
+    lines = ["", f"## Claim {claim.number} (§{claim.experiment}) on {domain}: {verdict(checks)}", "", claim.text, ""]
+    if claim.since:
+        lines += [f"Seeds from {claim.since} on count: the others had been seen when it was written.", ""]
+    lines += [_markdown(("effect", "mean", "95 %", "expected", "verdict"), [_cells(check) for check in checks])]
+    if verdict(checks) == HOLDS and (remark := _reason(claim, domain, reasons)):
+        lines += ["", f"Remark: {remark}"]
+    return lines
+
+
+def _measured(claim: Claim, domain: str, rows: Sequence[Row], figures: Path) -> list[str]:
+    """Runs, figures and what else an experiment has."""
+    drawn = {}
+    if rows[0]["runs"]:
+        drawn[""] = curves(rows, CURVES | MORE_CURVES.get(claim.experiment, {}))
+    if draw := FURTHER.get(claim.experiment):
+        drawn["-further"] = draw(rows)
+    lines = ["", _runs(rows)] if rows[0]["runs"] else []
+    if note := NOTES.get(claim.experiment):
+        lines += ["", note]
+    for suffix, figure in drawn.items():
+        name = f"{domain}-{claim.experiment}{suffix}.png"
+        save(figure, figures / name)
+        lines += ["", f"![{claim.text}]({figures.name}/{name})"]
+    return lines + MORE.get(claim.experiment, lambda rows: [])(rows)
+
+
+def _reason(claim: Claim, domain: str, reasons: Mapping[str, str]) -> str:
+    return reasons.get(claim.number if domain == MAIN else f"{claim.number} {domain}", "").strip()
+
+
+def _not_reproduced(judged: Judged, reasons: Mapping[str, str]) -> list[str]:
     """The claims that do not hold or are undecided, by which checks, and why that may be."""
     lines = []
     for claim, domain, checks in judged:
@@ -131,8 +170,9 @@ def _not_reproduced(judged: Judged, reasons: dict[str, str]) -> list[str]:
                 if check.verdict != HOLDS
             )
             title = f"**Claim {claim.number}** (§{claim.experiment}) on {domain}, {verdict(checks)}"
-            lines.append(f"- {title}: {told}. {reasons.pop(claim.number, '')}".rstrip())
-    return ["", "## What did not reproduce, and why that may be", "", *lines] if lines else []
+            lines.append(f"- {title}: {told}. {_reason(claim, domain, reasons)}".rstrip())
+    told = "Written after the results; where no further experiment is named, a reason is a guess."
+    return ["", "## What did not reproduce, and why that may be", "", told, "", *lines] if lines else []
 
 
 def _models(rows: Sequence[Row]) -> str:

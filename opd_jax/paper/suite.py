@@ -116,11 +116,12 @@ def _stored(results: Path, preset: str) -> list[Row]:
 def _read(path: Path, preset: str, domain: str) -> Row:
     try:
         row = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"{path}: no result of `opd paper` ({e}). Remove the file.") from e
+        made_with = row["settings"]["preset"]
+    except (ValueError, LookupError, TypeError) as e:
+        raise InputError(f"{path}: no result of `opd paper` ({type(e).__name__}: {e}). Remove the file.") from e
     if row["settings"] != settings(preset, domain):
         raise InputError(
-            f"{path}: made with other settings (preset {row['settings']['preset']}) than --preset {preset} has now. "
+            f"{path}: made with other settings (preset {made_with}) than --preset {preset} has now. "
             "Give another --results, or remove the file."
         )
     return row
