@@ -113,6 +113,7 @@ def test_reasons_stand_beside_what_did_not_hold(tmp_path: Path) -> None:
     (told,) = [line for line in lines if line.startswith("- ")]
     assert told.startswith("- **Claim 3** (§3.3) on folds, does not: ")
     assert told.endswith("(does not). it is too sure")
+    assert sum("it is too sure" in line for line in lines) == 1
 
 
 def test_bad_input_is_refused_before_anything_is_made(tmp_path: Path) -> None:
