@@ -90,10 +90,7 @@ def test_seeds_done_before_count_too(tmp_path: Path) -> None:
     rows, _ = run_experiments("smoke", [3], ["6.3"], tmp_path / "runs", tmp_path / "r", 1)
     found = tell(rows, tmp_path / "r")
     assert found["seeds"] == [1, 2, 3]
-    assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [
-        ("1", 2),
-        ("10", 3),
-    ]
+    assert [(claim["claim"], len(claim["checks"][0]["values"])) for claim in found["claims"]] == [("1", 2), ("10", 3)]
 
 
 @pytest.mark.usefixtures("no_workers")

@@ -154,26 +154,25 @@ def _knowledge(rows: Sequence[Row]) -> list[Check]:
     ]  # fmt: skip
 
 
-def _reverse(rows: Sequence[Row]) -> list[Check]:
-    def before(row: Row) -> float:
-        """Score of the teacher from before GRPO."""
-        return row["runs"]["base"]["teacher_accuracy"]
+def _above(row: Row, run: str) -> float:
+    """Final accuracy − that of the teacher from before GRPO (§3.3)."""
+    return _final(row, run) - row["runs"]["base"]["teacher_accuracy"]
 
+
+def _reverse(rows: Sequence[Row]) -> list[Check]:
     return [
         more("accuracy lost with the teacher from before GRPO", [-_gain(r, "base") for r in rows], 0.1),
-        alike("final accuracy − score before GRPO, teacher from before", [_final(r, "base") - before(r) for r in rows]),
-        alike("final accuracy − score before GRPO, larger teacher", [_final(r, "large") - before(r) for r in rows]),
-        alike("final accuracy, larger teacher − teacher from before",
-              [_final(r, "large") - _final(r, "base") for r in rows]),
-    ]  # fmt: skip
+        alike("final accuracy − score before GRPO, teacher from before", [_above(r, "base") for r in rows]),
+        alike("final accuracy − score before GRPO, larger teacher", [_above(r, "large") for r in rows]),
+        alike("final accuracy, larger teacher − teacher from before", _between(rows, "large", "base")),
+    ]
 
 
 def _kept(rows: Sequence[Row]) -> list[Check]:
     return [
-        more(f"final accuracy − score before GRPO, {told}",
-             [_final(r, run) - r["runs"]["base"]["teacher_accuracy"] for r in rows], MARGIN)
+        more(f"final accuracy − score before GRPO, {told}", [_above(r, run) for r in rows], MARGIN)
         for run, told in (("base", "teacher from before"), ("large", "larger teacher"))
-    ]  # fmt: skip
+    ]
 
 
 def _signs(rows: Sequence[Row]) -> list[Check]:
@@ -292,33 +291,32 @@ def _collapsed(rows: Sequence[Row]) -> list[Check]:
     ]
 
 
+def _auroc(row: Row, teacher: str) -> float:
+    return row["reward"][teacher]["auroc"]["value"]
+
+
 def _rewards(rows: Sequence[Row]) -> list[Check]:
+    teachers = {"rewarded": "teacher that succeeds", "large": "teacher that fails and knows no more"}
     return [
-        _auroc(rows, "rewarded", "teacher that succeeds"),
-        _auroc(rows, "large", "teacher that fails and knows no more"),
+        more(f"AUROC of the mean reward, {told}", [_auroc(r, name) for r in rows], 0.5)
+        for name, told in teachers.items()
     ]
 
 
 def _rewards_mismatched(rows: Sequence[Row]) -> list[Check]:
-    return [_auroc(rows, "mismatched", "teacher that fails and knows more")]
-
-
-def _aurocs_apart(rows: Sequence[Row]) -> list[Check]:
-    def auroc(row: Row, name: str) -> float:
-        return row["reward"][name]["auroc"]["value"]
-
-    return [
-        more(f"AUROC of the mean reward, {told} − success",
-             [auroc(r, name) - auroc(r, "rewarded") for r in rows], -AUROC)
-        for name, told in FAILING.items()
-    ]  # fmt: skip
-
-
-def _auroc(rows: Sequence[Row], name: str, told: str) -> Check:
-    return more(f"AUROC of the mean reward, {told}", [r["reward"][name]["auroc"]["value"] for r in rows], 0.5)
+    told = "AUROC of the mean reward, teacher that fails and knows more"
+    return [more(told, [_auroc(r, "mismatched") for r in rows], 0.5)]
 
 
 FAILING = {"large": "failure that knows no more", "mismatched": "failure that knows more"}
+
+
+def _aurocs_apart(rows: Sequence[Row]) -> list[Check]:
+    return [
+        more(f"AUROC of the mean reward, {told} − success",
+             [_auroc(r, name) - _auroc(r, "rewarded") for r in rows], -AUROC)
+        for name, told in FAILING.items()
+    ]  # fmt: skip
 
 
 def _coherence(rows: Sequence[Row]) -> list[Check]:

@@ -119,13 +119,14 @@ def reverse(lab: Lab, **objective: Any) -> Row:
 
 
 def reverse_forward(lab: Lab) -> Row:
-    """Further to 3.3: by the forward KL. That of the reverse KL has next to no gradient where a student is certain,
-    however much its teacher disagrees: ∂KL/∂z_v = p_v [log(p_v/q_v) − KL]."""
+    """Further to 3.3: by the forward KL of the whole vocabulary. The reverse KL has next to no gradient where a student
+    is certain, however much its teacher disagrees: ∂KL/∂z_v = p_v [log(p_v/q_v) − KL]."""
     return reverse(lab, name="full", divergence="forward")
 
 
 def reverse_full(lab: Lab) -> Row:
-    """Further to 3.3+: the same support with the reverse KL, so that the direction alone differs."""
+    """Its control: the reverse KL of the whole vocabulary, so that to 3.3 the support alone differs, to 3.3+ the
+    direction."""
     return reverse(lab, name="full")
 
 

@@ -109,8 +109,8 @@ def write_page(rows: Sequence[Row], judged: Judged, page: Path, figures: Path, c
         _markdown(HEADS, table_rows(judged)),
         "",
         f"{checks} checks, each with Student's interval of 95 % over the seeds; experiments share runs, so that checks "
-        f"are not independent. {len(trained)} training runs: {sum(trained.values()) / 3600:.1f} CPU hours, without "
-        "those of runs that were interrupted.",
+        f"are not independent. {len(trained)} training runs: {sum(trained.values()) / 3600:.1f} CPU hours, of an "
+        "interrupted run only what came after.",
         *_not_reproduced(judged, reasons),
         "",
         "## Models",
